@@ -1,0 +1,30 @@
+"""The errors that normkit raises for its users."""
+
+from __future__ import annotations
+
+
+class NormkitError(Exception):
+    """A problem that the user can solve; the text says what to do.
+
+    The command line prints it as one sentence and exits with :attr:`exit_code`.
+    """
+
+    exit_code = 1
+
+
+class InputError(NormkitError, ValueError):
+    """An argument, file or option is not what was expected (exit code 2).
+
+    The message names the argument, what was expected and what was given.
+    """
+
+    exit_code = 2
+
+
+class MissingDependencyError(NormkitError, ImportError):
+    """A feature needs an extra that is not installed (exit code 2)."""
+
+    exit_code = 2
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'normkit[{extra}]'")

@@ -1,0 +1,76 @@
+"""What a multi-turn world is: it starts sessions and answers replies, many side by side.
+
+A *session* is one dialogue between the policy and the world. The world speaks first. A batch of
+sessions is stepped together so that judges and simulators see whole batches; sessions of one batch
+may stand at different turns and end at different times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The world's answer to one reply.
+
+    Attributes:
+        reward: reward of the turn; NaN where it is unknown (the judge failed). Turns with an
+            unknown reward are masked out of training and counted.
+        message: the user's next message, or None when the dialogue is over.
+        end_reason: why the dialogue ended ("success", "failure: ...", "max_turns", ...);
+            None while it goes on.
+        info: JSON-ready facts about the turn (rubric, state, work), kept in the logs.
+    """
+
+    reward: float
+    message: str | None
+    end_reason: str | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Session(Protocol):
+    """One dialogue in progress; worlds add their own state to it."""
+
+    @property
+    def task(self) -> str:
+        """Name of the task (scenario, game, question) that is played."""
+
+    @property
+    def system(self) -> str:
+        """System prompt of the policy; empty for none."""
+
+    @property
+    def message(self) -> str:
+        """The message that opens the dialogue."""
+
+
+S = TypeVar("S", bound=Session)
+
+
+class Environment(Protocol[S]):
+    """A multi-turn world."""
+
+    @property
+    def max_turns(self) -> int:
+        """No dialogue has more turns than this."""
+
+    def tasks(self, split: Split) -> Sequence[str]:
+        """Names of the tasks of a split; the two splits are disjoint."""
+
+    def start(self, task: str, seed: int) -> S:
+        """Open a session; the same task and seed give the same world."""
+
+    def step(self, sessions: Sequence[S], replies: Sequence[str]) -> list[Step]:
+        """Answer one reply of each given session, in order.
+
+        Raises:
+            JudgeUnavailableError: when every judgement of the batch failed.
+        """
+
+    def score(self, session: S) -> dict[str, float]:
+        """Metrics of a session as it stands; the key ``"score"`` is the headline."""
