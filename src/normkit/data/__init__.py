@@ -1,0 +1,1 @@
+"""Data sets and generators that need no network."""

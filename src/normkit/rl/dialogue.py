@@ -42,7 +42,7 @@ class Segment:
 
     Attributes:
         token_ids: all tokens of the context, prompts and replies.
-        spans: ``(turn, start, stop)``: positions ``start:stop`` hold the sampled tokens of ``turn``.
+        spans: ``(turn, start, stop)``: ``start:stop`` hold the sampled tokens of ``turn``.
     """
 
     token_ids: list[int]

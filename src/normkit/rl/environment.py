@@ -15,6 +15,19 @@ Split = Literal["train", "heldout"]
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What the policy said in one turn.
+
+    Attributes:
+        text: the reply without special tokens; may be empty.
+        truncated: True where it was cut at the length limit.
+    """
+
+    text: str
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
 class Step:
     """The world's answer to one reply.
 
@@ -65,7 +78,7 @@ class Environment(Protocol[S]):
     def start(self, task: str, seed: int) -> S:
         """Open a session; the same task and seed give the same world."""
 
-    def step(self, sessions: Sequence[S], replies: Sequence[str]) -> list[Step]:
+    def step(self, sessions: Sequence[S], replies: Sequence[Reply]) -> list[Step]:
         """Answer one reply of each given session, in order.
 
         Raises:

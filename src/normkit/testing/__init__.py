@@ -1,0 +1,1 @@
+"""Contract checkers that users run on their own classes."""

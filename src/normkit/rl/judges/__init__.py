@@ -1,0 +1,1 @@
+"""Judges: what gives a turn its reward."""
