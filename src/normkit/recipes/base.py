@@ -1,0 +1,80 @@
+"""What a system is: a recipe that runs, and claims that are checked.
+
+A recipe module defines one :class:`System` named ``SYSTEM``. Registering it is the only step that
+makes it exist for the command line, the docs and the test suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["exact", "structural", "measured"]
+Verdict = Literal["holds", "not shown", "contradicted"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        verdict: "holds", "not shown" (no clear answer at this scale) or "contradicted".
+        measured: the measured value, as text with its unit and interval.
+        details: JSON-ready numbers behind it: every seed, mean, interval.
+    """
+
+    verdict: Verdict
+    measured: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, turned into a check.
+
+    Attributes:
+        name: short name in kebab-case, unique in its system.
+        statement: what is claimed, in our words.
+        published: the published figure, or "identity" for an exact statement.
+        kind: "exact" (an identity to tolerance), "structural" (counted) or "measured" (a small
+            honest experiment over seeds, run by ``normkit verify --measured``).
+        check: runs the check.
+    """
+
+    name: str
+    statement: str
+    published: str
+    kind: Kind
+    check: Callable[[], Finding]
+
+
+@dataclass(frozen=True)
+class System:
+    """A published system as normkit holds it.
+
+    Attributes:
+        slug: its name on the command line.
+        title: title of the paper.
+        arxiv: arXiv number.
+        year: year of the paper.
+        tags: what it normalizes, and where.
+        symbols: public names of normkit that implement it, as import paths.
+        Config: frozen dataclass whose fields are the flags of ``normkit run``.
+        run: ``run(config, folder) -> results``: does the work in a run folder and writes its
+            ``results.json`` and report there.
+        claims: the paper's statements as checks.
+        aliases: other names of the same system.
+    """
+
+    slug: str
+    title: str
+    arxiv: str
+    year: int
+    tags: Sequence[str]
+    symbols: Sequence[str]
+    Config: type[Any]
+    run: Callable[[Any, Path], Mapping[str, Any]]
+    claims: Sequence[Claim]
+    aliases: Sequence[str] = ()
