@@ -71,11 +71,12 @@ class RunLogger:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 return
-            self._events = SummaryWriter(str(self.folder / "events"))  # type: ignore[no-untyped-call]
+            self._events = SummaryWriter(str(self.folder / "events"))  # type: ignore[no-untyped-call, unused-ignore]
 
     def config(self, config: Any) -> None:
         """Write ``config.json`` from a dataclass or a mapping."""
-        values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
+        given_type = dataclasses.is_dataclass(config) and not isinstance(config, type)
+        values = dataclasses.asdict(config) if given_type else dict(config)
         write_json(self.folder / "config.json", _plain(values))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

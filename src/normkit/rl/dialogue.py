@@ -5,9 +5,13 @@ Shapes: N turns of a batch, B packed rows, L tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass
@@ -91,6 +95,98 @@ class Dialogue:
             for s in data["segments"]
         ]
         return cls(**fields)
+
+
+@dataclass(frozen=True)
+class TurnTable:
+    """All turns of a batch of dialogues as flat rows, dialogue by dialogue: what estimators take.
+
+    Attributes:
+        reward: reward of each turn ``[N]``, float64; NaN where it is unknown.
+        dialogue: position of the row's dialogue in the batch ``[N]``.
+        turn: index of the turn in its dialogue ``[N]``.
+        group: group of the dialogue ``[N]``.
+        mask: False where the reward is unknown ``[N]``.
+    """
+
+    reward: Tensor
+    dialogue: Tensor
+    turn: Tensor
+    group: Tensor
+    mask: Tensor
+
+
+def turn_table(dialogues: Sequence[Dialogue]) -> TurnTable:
+    """Lay out the turns of ``dialogues`` as flat rows, in order."""
+    rows = [
+        (turn.reward, d, t, dialogue.group)
+        for d, dialogue in enumerate(dialogues)
+        for t, turn in enumerate(dialogue.turns)
+    ]
+    reward = torch.tensor([row[0] for row in rows], dtype=torch.float64)
+    index = torch.tensor([row[1:] for row in rows], dtype=torch.int64).reshape(len(rows), 3)
+    return TurnTable(reward, index[:, 0], index[:, 1], index[:, 2], torch.isfinite(reward))
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One segment, ready for the forward pass.
+
+    Attributes:
+        token_ids: all tokens of the segment ``[L]``.
+        turn_row: row of the :class:`TurnTable` that each token was sampled in ``[L]``; -1 for
+            system, user and template tokens.
+        logprob: log-probability at sampling ``[L]``; zero where ``turn_row`` is -1.
+    """
+
+    token_ids: Tensor
+    turn_row: Tensor
+    logprob: Tensor
+
+
+def pack(dialogues: Sequence[Dialogue]) -> list[PackedRow]:
+    """Lay out every segment of ``dialogues`` as one row: one forward pass trains all its turns."""
+    packed = []
+    first_row = 0
+    for dialogue in dialogues:
+        for segment in dialogue.segments:
+            turn_row = torch.full((len(segment.token_ids),), -1, dtype=torch.int64)
+            logprob = torch.zeros(len(segment.token_ids), dtype=torch.float32)
+            for turn, start, stop in segment.spans:
+                turn_row[start:stop] = first_row + turn
+                logprob[start:stop] = torch.tensor(dialogue.turns[turn].logprobs)
+            ids = torch.tensor(segment.token_ids, dtype=torch.int64)
+            packed.append(PackedRow(ids, turn_row, logprob))
+        first_row += len(dialogue.turns)
+    return packed
+
+
+def micro_batches(rows: Sequence[PackedRow], max_tokens: int) -> list[list[int]]:
+    """Split rows into batches of similar length whose padded size is at most ``max_tokens``.
+
+    Args:
+        rows: packed rows.
+        max_tokens: largest ``rows x longest row`` of a batch; a longer single row is a batch of
+            its own.
+
+    Returns:
+        Lists of row indices, each index once.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].token_ids), i), reverse=True)
+    batches: list[list[int]] = []
+    longest = 0
+    for i in order:
+        if not batches or (len(batches[-1]) + 1) * longest > max_tokens:
+            batches.append([])
+            longest = len(rows[i].token_ids)
+        batches[-1].append(i)
+    return batches
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """Mean of the values that are not NaN; NaN where there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _float(value: float | None) -> float:
