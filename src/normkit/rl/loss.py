@@ -1,0 +1,165 @@
+"""Clipped policy losses over flat tokens, with ratios per token, turn or sequence.
+
+Shapes: M sampled tokens; each belongs to a turn (row of the turn table) and to a dialogue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from normkit.errors import InputError
+from normkit.functional.moments import segment_moments
+
+Level = Literal["token", "turn", "sequence"]
+KL = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """Options of :func:`policy_loss`; the defaults are MAPO's launch scripts (arXiv 2603.06194).
+
+    Attributes:
+        ratio: what shares an importance ratio. "turn" and "sequence" use the geometric mean over
+            the unit's tokens (arXiv 2511.20718; GSPO, arXiv 2507.18071).
+        clip_low: the ratio is clipped below at ``1 - clip_low``.
+        clip_high: and above at ``1 + clip_high``.
+        dual_clip: bound of the ratio for negative advantages; 0 switches it off.
+        aggregate: what weighs the same in the mean: every token, every turn or every dialogue.
+        kl: estimator of the divergence from the reference.
+        kl_weight: weight of the divergence in the loss; 0 switches it off.
+        entropy_weight: weight of the entropy bonus.
+    """
+
+    ratio: Level = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 10.0
+    aggregate: Level = "token"
+    kl: KL = "k3"
+    kl_weight: float = 0.0
+    entropy_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "aggregate"):
+            if getattr(self, name) not in ("token", "turn", "sequence"):
+                raise InputError(
+                    f"{name} must be token, turn or sequence, got {getattr(self, name)!r}"
+                )
+        if not 0 <= self.clip_low < 1 or self.clip_high < 0:
+            raise InputError("clip_low must be in [0, 1) and clip_high at least 0")
+        if self.dual_clip != 0 and self.dual_clip <= 1:
+            raise InputError(f"dual_clip must be 0 or above 1, got {self.dual_clip}")
+
+
+def kl_estimate(logprob: Tensor, reference: Tensor, kind: KL = "k3") -> Tensor:
+    r"""Per-token estimate of ``KL(policy || reference)`` from samples of the policy.
+
+    With ``d = log ref - log policy``: k1 ``-d``, unbiased; k2 ``d^2 / 2``, biased, low variance;
+    k3 ``exp(d) - 1 - d``, unbiased and never negative. As a loss, the gradient of k2 is the one
+    that is unbiased for the gradient of the divergence (k1's is zero in expectation).
+
+    Args:
+        logprob: log-probabilities under the policy ``[M]``.
+        reference: under the reference ``[M]``.
+        kind: the estimator.
+
+    Returns:
+        ``[M]``, in nats.
+    """
+    d = reference - logprob
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return d.square() / 2
+    if kind == "k3":
+        return torch.expm1(d) - d
+    raise InputError(f"kl must be k1, k2 or k3, got {kind!r}")
+
+
+def aggregation_weights(turn: Tensor, dialogue: Tensor, level: Level) -> Tensor:
+    """Weight of each token such that weights sum to the number of units of the level.
+
+    Dividing a weighted sum by the number of units of the *whole* batch makes gradient accumulation
+    and data parallelism sum exactly to the loss of the batch at once.
+
+    Args:
+        turn: turn of each token ``[M]``.
+        dialogue: dialogue of each token ``[M]``.
+        level: the unit.
+
+    Returns:
+        ``[M]``; 1 for tokens, else one over the length of the token's unit.
+    """
+    if level == "token":
+        return torch.ones_like(turn, dtype=torch.float32)
+    unit = turn if level == "turn" else dialogue
+    return 1 / torch.bincount(unit)[unit].float()
+
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    turn: Tensor,
+    dialogue: Tensor,
+    weight: Tensor,
+    config: PolicyLossConfig,
+    reference: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""Clipped surrogate, to be minimized.
+
+    ``sum_k weight_k [-min(w_k A_k, clip(w_k, 1 - low, 1 + high) A_k)]`` with
+    ``w = exp(log pi - log pi_old)`` per token or its geometric mean per turn or dialogue; for
+    negative advantages no lower than ``dual_clip A_k``.
+
+    Args:
+        logprob: log-probabilities under the policy being trained ``[M]``.
+        old_logprob: under the policy that sampled ``[M]``.
+        advantage: advantage of each token ``[M]``.
+        turn: turn of each token ``[M]``; all tokens of a turn must be in the call.
+        dialogue: dialogue of each token ``[M]``.
+        weight: weight of each token in the sum ``[M]``: :func:`aggregation_weights` over the number
+            of units of the whole batch.
+        config: the options.
+        reference: log-probabilities under the reference ``[M]``, for the KL term.
+        entropy: entropy of each token's distribution ``[M]``, for the bonus.
+
+    Returns:
+        The loss, and detached sums over the call's tokens with ``weight``: "clip_fraction",
+        "ratio", "kl_old", "kl" and "entropy" where given.
+    """
+    log_ratio = logprob - old_logprob
+    if config.ratio != "token":
+        unit = turn if config.ratio == "turn" else dialogue
+        size = int(unit.max()) + 1 if unit.numel() else 0
+        log_ratio = segment_moments(log_ratio, unit, size).center[unit]
+    ratio = log_ratio.exp()
+    plain = ratio * advantage
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
+    surrogate = torch.minimum(plain, clipped)
+    if config.dual_clip:
+        bound = torch.maximum(surrogate, config.dual_clip * advantage)
+        surrogate = torch.where(advantage < 0, bound, surrogate)
+    loss = -(weight * surrogate).sum()
+    with torch.no_grad():
+        bites = (surrogate != plain).to(weight.dtype)
+        metrics = {
+            "clip_fraction": (weight * bites).sum(),
+            "ratio": (weight * ratio).sum(),
+            "kl_old": (weight * kl_estimate(logprob, old_logprob, "k3")).sum(),
+        }
+    if reference is not None:
+        kl = (weight * kl_estimate(logprob, reference, config.kl)).sum()
+        metrics["kl"] = kl.detach()
+        if config.kl_weight:
+            loss = loss + config.kl_weight * kl
+    if entropy is not None:
+        total = (weight * entropy).sum()
+        metrics["entropy"] = total.detach()
+        loss = loss - config.entropy_weight * total
+    return loss, metrics
