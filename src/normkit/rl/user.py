@@ -35,5 +35,5 @@ class UserRequest:
 class UserSimulator(Protocol):
     """Speaks for the user, a batch of sessions at a time."""
 
-    def respond(self, requests: Sequence[UserRequest]) -> list[str | Failed]:
+    def respond(self, requests: Sequence[UserRequest]) -> Sequence[str | Failed]:
         """Return the next message of each session, in order."""

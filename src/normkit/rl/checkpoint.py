@@ -1,0 +1,118 @@
+"""Checkpoints of a training run: safetensors and JSON, replaced whole, never pickled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normkit.errors import InputError
+from normkit.files import write_json
+
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint beside the old one and put it in its place.
+
+    If writing fails (a full disk), the previous checkpoint stays as it was.
+
+    Args:
+        folder: the checkpoint's folder.
+        model: its trainable parameters are kept.
+        optimizer: its state is kept, tensors apart from numbers.
+        state: JSON-ready values to go on from, such as the step.
+    """
+    folder = Path(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        weights = {name: p.detach().contiguous() for name, p in trainable(model).items()}
+        save_file(weights, new / _MODEL)
+        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        numbers: dict[str, dict[str, Any]] = {}
+        saved = optimizer.state_dict()
+        for index, values in saved["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{index}.{key}"] = value.detach().contiguous()
+                else:
+                    numbers.setdefault(str(index), {})[key] = value
+        save_file(tensors, new / _OPTIMIZER)
+        groups = {"numbers": numbers, "param_groups": saved["param_groups"]}
+        write_json(new / _STATE, {"state": dict(state), "optimizer": groups})
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: Optimizer | None = None
+) -> dict[str, Any]:
+    """Restore what :func:`save_checkpoint` wrote; return its ``state``.
+
+    Args:
+        folder: the checkpoint's folder. Where a crash fell between taking the old checkpoint away
+            and putting the new one in place, the old one is used.
+        model: gets the weights.
+        optimizer: gets its state, and the random generator its own; left alone if None.
+
+    Raises:
+        InputError: where there is no checkpoint, it lacks a file, or it is of another model.
+    """
+    folder = Path(folder)
+    if not folder.exists() and folder.with_name(folder.name + ".old").exists():
+        folder = folder.with_name(folder.name + ".old")
+    for name in (_MODEL, _OPTIMIZER, _STATE):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is not a checkpoint: {name} is missing")
+    stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    weights = load_file(folder / _MODEL)
+    parameters = trainable(model)
+    if weights.keys() != parameters.keys():
+        odd = sorted(weights.keys() ^ parameters.keys())[:3]
+        raise InputError(f"{folder} is of another model; names differ, such as {', '.join(odd)}")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            if p.shape != weights[name].shape:
+                raise InputError(
+                    f"{folder} is of another model: {name} has shape {tuple(weights[name].shape)}, "
+                    f"expected {tuple(p.shape)}"
+                )
+            p.copy_(weights[name])
+    if optimizer is not None:
+        tensors = load_file(folder / _OPTIMIZER)
+        torch.set_rng_state(tensors.pop("rng"))
+        values: dict[int, dict[str, Any]] = {}
+        for index, known in stored["optimizer"]["numbers"].items():
+            values.setdefault(int(index), {}).update(known)
+        for key, tensor in tensors.items():
+            index, _, name = key.partition(".")
+            values.setdefault(int(index), {})[name] = tensor
+        groups = stored["optimizer"]["param_groups"]
+        for group in groups:
+            # JSON has no tuples, and Adam compares its betas as one.
+            group.update({k: tuple(v) for k, v in group.items() if k == "betas"})
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
+    state: dict[str, Any] = stored["state"]
+    return state

@@ -1,0 +1,555 @@
+"""The loop of multi-turn RL: roll out, judge, normalize, update, log, checkpoint.
+
+One step samples ``groups`` tasks with ``group_size`` dialogues each, credits every turn with the
+chosen estimator, and trains each dialogue in one forward pass over its whole packed text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from normkit.errors import InputError, MissingDependencyError
+from normkit.rl.advantage import estimate, get_estimator
+from normkit.rl.checkpoint import load_checkpoint, save_checkpoint, trainable
+from normkit.rl.dialogue import (
+    Dialogue,
+    PackedRow,
+    TurnTable,
+    finite_mean,
+    micro_batches,
+    pack,
+    turn_table,
+)
+from normkit.rl.environment import Environment, Split
+from normkit.rl.loss import PolicyLossConfig, aggregation_weights, kl_estimate, policy_loss
+from normkit.rl.policy import TokenBatch, collate, token_logprobs
+from normkit.rl.rollout import Rollout, RolloutConfig
+from normkit.runs import RunLogger
+
+Report = Callable[[str, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Options of the trainer.
+
+    Attributes:
+        steps: rollout-and-update rounds.
+        groups: tasks per step.
+        group_size: dialogues per task, compared with one another.
+        estimator: how turns are credited (a key of :data:`normkit.rl.advantage.ESTIMATORS`).
+        estimator_options: its options.
+        learning_rate: peak of the schedule.
+        schedule: "constant" or "cosine" (to zero) after the warm-up.
+        warmup_steps: updates of linear warm-up.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        mini_batches: updates that one batch is split into.
+        epochs: passes over a batch.
+        micro_batch_tokens: padded tokens of one forward pass; bounds memory.
+        lora_rank: rank of LoRA adapters; 0 trains all weights.
+        autocast: dtype of the forward pass: "auto", "float32" or "bfloat16".
+        checkpoint_every: steps between checkpoints; 0 keeps only the last.
+        seed: of tasks, sampling and adapters.
+    """
+
+    steps: int = 24
+    groups: int = 4
+    group_size: int = 4
+    estimator: str = "mapo"
+    estimator_options: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mini_batches: int = 1
+    epochs: int = 1
+    micro_batch_tokens: int = 4096
+    lora_rank: int = 0
+    autocast: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpoint_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "groups", "group_size", "mini_batches", "epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if get_estimator(self.estimator).needs:
+            raise InputError(f"estimator {self.estimator!r} needs a critic, which is not built")
+        if self.mini_batches > self.groups * self.group_size:
+            raise InputError("mini_batches must not exceed groups x group_size")
+
+
+class Trainer:
+    """Trains a causal language model in a multi-turn world.
+
+    Args:
+        model: a float32 causal language model of transformers; changed in place.
+        tokenizer: its tokenizer, with a chat template.
+        environment: the world.
+        config: options of the loop.
+        rollout: options of generation.
+        loss: options of the loss.
+        logger: where numbers and samples go; None keeps nothing.
+        report: called with a phase name and its numbers, for a live progress line.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        environment: Environment[Any],
+        config: TrainerConfig | None = None,
+        rollout: RolloutConfig | None = None,
+        loss: PolicyLossConfig | None = None,
+        logger: RunLogger | None = None,
+        report: Report | None = None,
+    ) -> None:
+        try:
+            from accelerate import Accelerator
+        except ImportError:
+            raise MissingDependencyError("accelerate", "rl") from None
+        self.config = config or TrainerConfig()
+        self.loss = loss or PolicyLossConfig()
+        self.environment = environment
+        self.tokenizer = tokenizer
+        self.logger = logger
+        self.report: Report = report or (lambda _phase, _numbers: None)
+        self.accelerator = Accelerator()
+        self.step = 0
+
+        torch.manual_seed(self.config.seed)
+        self.reference: nn.Module | None = None
+        if self.config.lora_rank:
+            model = _with_lora(model, self.config.lora_rank)
+        elif self.loss.kl_weight:
+            self.reference = deepcopy(model).eval().requires_grad_(False)
+        self.rollout_config = rollout or RolloutConfig()
+        # Dropout would make the trained log-probabilities those of another policy.
+        model.eval()
+        optimizer = torch.optim.AdamW(
+            trainable(model).values(),
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+        )
+        self.policy, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.reference is not None:
+            self.reference.to(self.accelerator.device)
+        self.rollout = Rollout(self.model, tokenizer, self.rollout_config)
+
+    @property
+    def model(self) -> Any:
+        """The model that is trained, without its data-parallel wrapper."""
+        return self.accelerator.unwrap_model(self.policy)
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self, checkpoint: str | Path | None = None) -> None:
+        """Run the remaining steps.
+
+        Args:
+            checkpoint: folder that is written every ``checkpoint_every`` steps, at the end, and
+                when a step fails; None keeps no checkpoint.
+        """
+        while self.step < self.config.steps:
+            try:
+                self.train_step()
+            except Exception:
+                # The failed step has changed nothing yet unless it was the update that failed;
+                # a checkpoint of the steps before it is kept either way.
+                if checkpoint is not None and self.step % max(self.config.checkpoint_every, 1):
+                    with contextlib.suppress(OSError):
+                        self.save(checkpoint)
+                raise
+            due = self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0
+            if checkpoint is not None and (due or self.step == self.config.steps):
+                self.save(checkpoint)
+
+    def train_step(self) -> dict[str, Any]:
+        """Roll out one batch, credit it, update on it, and return the step's numbers."""
+        started = time.perf_counter()
+        self.rollout.sync(self.model)
+        tasks = self.schedule(self.step)
+        ours = [task for task in tasks if task[1] % self._world == self._rank]
+        dialogues = self.rollout.run(self.environment, ours)
+        generated = time.perf_counter()
+        numbers = self.update(dialogues)
+        finished = time.perf_counter()
+        tokens = sum(len(turn.token_ids) for d in dialogues for turn in d.turns)
+        numbers.update(_describe(dialogues))
+        numbers.update(
+            rollout_seconds=generated - started,
+            update_seconds=finished - generated,
+            sampled_tokens_per_second=tokens / max(generated - started, 1e-9),
+            trained_tokens_per_second=tokens / max(finished - generated, 1e-9),
+        )
+        self.step += 1
+        if self.logger is not None and self._rank == 0:
+            self.logger.log(self.step, numbers)
+            rows = [{"step": self.step, **_sample(d)} for d in dialogues[:2]]
+            self.logger.append("dialogues", rows)
+        self.report("train", {"step": self.step, "steps": self.config.steps, **numbers})
+        return numbers
+
+    def schedule(self, step: int) -> list[tuple[str, int, int]]:
+        """Tasks of a step as ``(task, group, seed)``: shuffled passes over the training tasks."""
+        names = list(self.environment.tasks("train"))
+        if not names:
+            raise InputError("environment: it has no training tasks")
+        first = step * self.config.groups
+        chosen = []
+        for group in range(self.config.groups):
+            turn, place = divmod(first + group, len(names))
+            order = np.random.default_rng([self.config.seed, turn]).permutation(len(names))
+            for member in range(self.config.group_size):
+                seed = np.random.SeedSequence([self.config.seed, step, group, member])
+                chosen.append((names[order[place]], group, int(seed.generate_state(1)[0])))
+        return chosen
+
+    def evaluate(
+        self, split: Split = "heldout", greedy: bool = True, seed: int = 0, repeats: int = 1
+    ) -> list[Dialogue]:
+        """Play every task of a split with the current policy.
+
+        Args:
+            split: which tasks.
+            greedy: most likely tokens instead of sampling.
+            seed: of the sessions and the sampling.
+            repeats: dialogues per task.
+        """
+        self.rollout.sync(self.model)
+        tasks = [
+            (task, number, int(np.random.SeedSequence([seed, number, r]).generate_state(1)[0]))
+            for number, task in enumerate(self.environment.tasks(split))
+            for r in range(repeats)
+        ]
+        dialogues: list[Dialogue] = self.rollout.run(self.environment, tasks, greedy=greedy)
+        return dialogues
+
+    # ------------------------------------------------------------------ the update
+
+    def update(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+        """Credit and train a batch of dialogues; return the update's numbers."""
+        table = turn_table(dialogues)
+        advantage = self._advantage(table)
+        rows = pack(dialogues)
+        owner = torch.tensor([i for i, d in enumerate(dialogues) for _ in d.segments])
+        keep = [i for i, row in enumerate(rows) if bool((row.turn_row >= 0).any())]
+        several = self.config.mini_batches * self.config.epochs > 1
+        old = self._logprobs_of(rows, keep) if several else None
+        totals: dict[str, float] = {}
+        updates = 0
+        for epoch in range(self.config.epochs):
+            order = np.random.default_rng([self.config.seed, self.step, epoch]).permutation(
+                len(dialogues)
+            )
+            for part in np.array_split(order, self.config.mini_batches):
+                members = set(part.tolist())
+                chosen = [i for i in keep if int(owner[i]) in members]
+                numbers = self._optimize(rows, chosen, owner, table, advantage, old)
+                updates += 1
+                for name, value in numbers.items():
+                    totals[name] = totals.get(name, 0.0) + value
+        numbers = {name: value / updates for name, value in totals.items()}
+        known = advantage[table.mask]
+        numbers["advantage_abs"] = float(known.abs().mean()) if known.numel() else 0.0
+        return numbers
+
+    def _optimize(
+        self,
+        rows: Sequence[PackedRow],
+        chosen: Sequence[int],
+        owner: Tensor,
+        table: TurnTable,
+        advantage: Tensor,
+        old: dict[int, Tensor] | None,
+    ) -> dict[str, float]:
+        device = self.accelerator.device
+        batches = micro_batches([rows[i] for i in chosen], self.config.micro_batch_tokens)
+        weights, units = self._weights(rows, chosen, owner, table)
+        sums: dict[str, float] = {}
+        # Every process must take part in the same number of passes: the wrapper waits for all.
+        passes = int(self._reduce(torch.tensor(float(len(batches))), "max"))
+        for number in range(passes):
+            last = number == passes - 1
+            with self._sync(last):
+                if number >= len(batches):
+                    self._empty_pass()
+                    continue
+                members = [chosen[k] for k in batches[number]]
+                batch = collate([rows[i] for i in members], device)
+                turn = batch.turn_row.cpu()
+                weight = torch.cat([weights[i] for i in members]) / units
+                with self._autocast():
+                    logprob, _ = token_logprobs(self.policy, batch, self.rollout_config.temperature)
+                previous = (
+                    logprob.detach()
+                    if old is None
+                    else torch.cat([old[i] for i in members]).to(device)
+                )
+                loss, metrics = policy_loss(
+                    logprob,
+                    previous,
+                    advantage[turn].to(device, torch.float32),
+                    batch.turn_row,
+                    table.dialogue[turn].to(device),
+                    weight.to(device),
+                    self.loss,
+                    self._reference_logprobs(batch),
+                )
+                with torch.no_grad():
+                    gap = kl_estimate(batch.logprob, logprob.detach(), "k3")
+                    metrics["sampling_kl"] = (weight.to(device) * gap).sum()
+                self.accelerator.backward(loss * self._world)
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        names = sorted(sums)
+        values = self._reduce(torch.tensor([sums[n] for n in names], dtype=torch.float64), "sum")
+        norm = self.accelerator.clip_grad_norm_(
+            trainable(self.policy).values(), self.config.max_grad_norm
+        )
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            **dict(zip(names, values.tolist(), strict=True)),
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "skipped_updates": float(not torch.isfinite(norm)),
+        }
+
+    def _weights(
+        self,
+        rows: Sequence[PackedRow],
+        chosen: Sequence[int],
+        owner: Tensor,
+        table: TurnTable,
+    ) -> tuple[dict[int, Tensor], float]:
+        """Weight of each token that counts, per row, and the units of all processes together."""
+        tokens = {i: rows[i].turn_row[rows[i].turn_row >= 0] for i in chosen}
+        turn = torch.cat([*tokens.values(), torch.zeros(0, dtype=torch.int64)])
+        dialogue = table.dialogue[turn]
+        counts = table.mask[turn]
+        flat = torch.zeros(len(turn))
+        flat[counts] = aggregation_weights(turn[counts], dialogue[counts], self.loss.aggregate)
+        units = float(self._reduce(flat.sum(), "sum"))
+        split = torch.split(flat, [len(t) for t in tokens.values()]) if tokens else ()
+        return dict(zip(tokens, split, strict=True)), max(units, 1.0)
+
+    def _advantage(self, table: TurnTable) -> Tensor:
+        """Advantages of our rows, from the statistics of all processes' rows."""
+        options = dict(self.config.estimator_options)
+        if self._world == 1:
+            return estimate(
+                self.config.estimator,
+                table.reward,
+                table.dialogue,
+                table.turn,
+                table.group,
+                table.mask,
+                **options,
+            )
+        from accelerate.utils import gather_object
+
+        fields = (table.reward, table.dialogue, table.turn, table.group, table.mask)
+        parts = gather_object([tuple(f.tolist() for f in fields)])
+        reward: list[float] = []
+        dialogue: list[int] = []
+        turn: list[int] = []
+        group: list[int] = []
+        mask: list[bool] = []
+        offset, ours = 0, slice(0, 0)
+        for rank, part in enumerate(parts):
+            if rank == self._rank:
+                ours = slice(len(reward), len(reward) + len(part[0]))
+            reward += part[0]
+            dialogue += [offset + d for d in part[1]]
+            turn += part[2]
+            group += part[3]
+            mask += part[4]
+            offset += max(part[1], default=-1) + 1
+        whole = estimate(
+            self.config.estimator,
+            torch.tensor(reward, dtype=torch.float64),
+            torch.tensor(dialogue, dtype=torch.int64),
+            torch.tensor(turn, dtype=torch.int64),
+            torch.tensor(group, dtype=torch.int64),
+            torch.tensor(mask, dtype=torch.bool),
+            **options,
+        )
+        return whole[ours]
+
+    def _logprobs_of(self, rows: Sequence[PackedRow], chosen: Sequence[int]) -> dict[int, Tensor]:
+        """Log-probabilities before the first update, per row."""
+        found: dict[int, Tensor] = {}
+        for places in micro_batches([rows[i] for i in chosen], self.config.micro_batch_tokens):
+            members = [chosen[k] for k in places]
+            batch = collate([rows[i] for i in members], self.accelerator.device)
+            with torch.no_grad(), self._autocast():
+                logprob, _ = token_logprobs(self.model, batch, self.rollout_config.temperature)
+            lengths = [int((rows[i].turn_row >= 0).sum()) for i in members]
+            found.update(zip(members, torch.split(logprob.cpu(), lengths), strict=True))
+        return found
+
+    def _reference_logprobs(self, batch: TokenBatch) -> Tensor | None:
+        if not self.loss.kl_weight:
+            return None
+        temperature = self.rollout_config.temperature
+        with torch.no_grad(), self._autocast():
+            if self.reference is not None:
+                return token_logprobs(self.reference, batch, temperature)[0]
+            # With adapters switched off the model is its own reference.
+            with self.model.disable_adapter():
+                return token_logprobs(self.model, batch, temperature)[0]
+
+    def _empty_pass(self) -> None:
+        """Take part in a pass without rows of our own."""
+        zero = sum((p.sum() for p in trainable(self.policy).values()), torch.zeros(()))
+        self.accelerator.backward(zero * 0.0)
+
+    def _rate(self) -> float:
+        updates = self.config.mini_batches * self.config.epochs
+        done = self.step * updates
+        total = self.config.steps * updates
+        rate = self.config.learning_rate
+        if done < self.config.warmup_steps:
+            return rate * (done + 1) / (self.config.warmup_steps + 1)
+        if self.config.schedule == "cosine":
+            share = (done - self.config.warmup_steps) / max(total - self.config.warmup_steps, 1)
+            return rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        return rate
+
+    # ------------------------------------------------------------------ keeping it
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint that :meth:`resume` goes on from, number for number."""
+        if self._rank == 0:
+            save_checkpoint(folder, self.model, self._bare_optimizer, {"step": self.step})
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, folder: str | Path) -> None:
+        """Go on from a checkpoint; log lines newer than it are forgotten."""
+        state = load_checkpoint(folder, self.model, self._bare_optimizer)
+        self.step = int(state["step"])
+        if self.logger is not None and self._rank == 0:
+            self.logger.rewind(self.step)
+
+    def save_hf(self, folder: str | Path) -> None:
+        """Export the model, adapters merged, as a folder that plain transformers loads."""
+        if self._rank != 0:
+            return
+        folder = Path(folder)
+        new = folder.with_name(folder.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        model = self.model
+        if hasattr(model, "merge_and_unload"):
+            model = deepcopy(model).merge_and_unload()
+        model.save_pretrained(new)
+        self.tokenizer.save_pretrained(new)
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
+
+    # ------------------------------------------------------------------ engine
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        bare: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return bare
+
+    @property
+    def _world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def _rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    def _reduce(self, value: Tensor, how: Literal["sum", "max"]) -> Tensor:
+        if self._world == 1:
+            return value
+        gathered: Tensor = self.accelerator.gather(value[None].to(self.accelerator.device))
+        return (gathered.sum(0) if how == "sum" else gathered.amax(0)).cpu()
+
+    @contextlib.contextmanager
+    def _sync(self, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
+            yield
+
+    def _autocast(self) -> torch.autocast:
+        device = self.accelerator.device.type
+        wanted = self.config.autocast
+        enabled = wanted == "bfloat16" or (wanted == "auto" and fast_bfloat16(device))
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled)
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 ones on this kind of device."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    if device != "cpu":
+        return False
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingDependencyError("peft", "rl") from None
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0)
+    )
+
+
+def _describe(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+    turns = [turn for d in dialogues for turn in d.turns]
+    length = max((len(d.turns) for d in dialogues), default=0)
+    by_turn = [
+        finite_mean([d.turns[t].reward for d in dialogues if t < len(d.turns)])
+        for t in range(length)
+    ]
+    share = max(len(turns), 1)
+    return {
+        "reward": finite_mean([turn.reward for turn in turns]),
+        "reward_by_turn": by_turn,
+        "score": finite_mean([d.scores["score"] for d in dialogues]),
+        "turns": len(turns) / max(len(dialogues), 1),
+        "reply_tokens": sum(len(turn.token_ids) for turn in turns) / share,
+        "truncated": sum(turn.truncated for turn in turns) / share,
+        "masked_turns": sum(not math.isfinite(turn.reward) for turn in turns),
+        "success": sum(d.end_reason == "success" for d in dialogues) / max(len(dialogues), 1),
+    }
+
+
+def _sample(dialogue: Dialogue) -> dict[str, Any]:
+    return {
+        "task": dialogue.task,
+        "end_reason": dialogue.end_reason,
+        "scores": dialogue.scores,
+        "turns": [
+            {
+                "message": turn.message,
+                "reply": turn.reply,
+                "reward": turn.reward,
+                "info": dict(turn.info),
+            }
+            for turn in dialogue.turns
+        ],
+    }
