@@ -1,0 +1,233 @@
+"""The command line: ``normkit list | run | verify | report | advantages``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from normkit import __version__, recipes
+from normkit.errors import InputError, NormkitError
+from normkit.recipes.base import Claim, Finding
+from normkit.runs import latest_run_folder, new_run_folder, read_json
+
+_VERDICT_STYLE = {"holds": "green", "not shown": "yellow", "contradicted": "red"}
+
+
+@dataclass(frozen=True)
+class ListOptions:
+    """Options of ``normkit list``.
+
+    Attributes:
+        json: print JSON instead of a table.
+    """
+
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of ``normkit verify``.
+
+    Attributes:
+        system: the system to check; all built ones if not given.
+        measured: also run the measured claims, which take minutes.
+        json: print JSON instead of a table.
+    """
+
+    system: Annotated[str, tyro.conf.Positional] = ""
+    measured: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where ``normkit run`` keeps its run.
+
+    Attributes:
+        runs: folder of all runs.
+        resume: go on with the latest run of the system, or with ``--folder``.
+        folder: the run folder; a new one named by the time if not given.
+        dry_run: check the options and stop.
+    """
+
+    runs: Path = Path("runs")
+    resume: bool = False
+    folder: Path | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of ``normkit report``.
+
+    Attributes:
+        folders: run folders; the latest run of every system below ``runs/`` if not given.
+        json: print each run's results as JSON.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    json: bool = False
+
+
+def list_systems(arguments: Sequence[str]) -> None:
+    """Show all systems and which are built."""
+    options = tyro.cli(ListOptions, args=arguments, prog="normkit list")
+    if options.json:
+        rows = [
+            {"slug": e.slug, "title": e.title, "arxiv": e.arxiv, "area": e.area, "built": e.built}
+            for e in recipes.CATALOGUE
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("system", "paper", "arXiv", "normalizes", "built")
+    for e in recipes.CATALOGUE:
+        table.add_row(e.slug, e.title, e.arxiv, e.area, "yes" if e.built else "")
+    Console().print(table)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run a system's recipe in a new run folder, or go on with an old one."""
+    slug, rest = _first(arguments, "run", "SYSTEM")
+    system = recipes.load(slug)
+
+    def parse(
+        config: tyro.conf.OmitArgPrefixes[Any], run: tyro.conf.OmitArgPrefixes[RunOptions]
+    ) -> tuple[Any, RunOptions]:
+        return config, run
+
+    parse.__annotations__["config"] = tyro.conf.OmitArgPrefixes[system.Config]
+    parse.__defaults__ = (system.Config(), RunOptions())
+    config, options = tyro.cli(
+        parse, args=rest, prog=f"normkit run {slug}", description=f"{system.title}."
+    )
+    if options.dry_run:
+        print(f"{system.slug}: the options are fine")
+        return
+    if options.resume:
+        folder = options.folder or latest_run_folder(options.runs, system.slug)
+        read_json(folder, "config.json")
+    else:
+        folder = options.folder or new_run_folder(options.runs, system.slug)
+        if (folder / "config.json").exists():
+            raise InputError(f"{folder} holds a run already; go on with it by --resume")
+        folder.mkdir(parents=True, exist_ok=True)
+    system.run(config, folder)
+
+
+def verify(arguments: Sequence[str]) -> None:
+    """Check the published claims and print each verdict beside its figure."""
+    options = tyro.cli(VerifyOptions, args=arguments, prog="normkit verify")
+    names = [options.system] if options.system else [e.slug for e in recipes.built()]
+    kinds = ("exact", "structural", *(("measured",) if options.measured else ()))
+    found: list[tuple[str, Claim, Finding]] = []
+    console = Console(stderr=True)
+    for name in names:
+        system = recipes.load(name)
+        for claim in system.claims:
+            if claim.kind in kinds:
+                with console.status(f"{system.slug}: {claim.name}"):
+                    found.append((system.slug, claim, claim.check()))
+    if options.json:
+        rows = [
+            {
+                "system": slug,
+                "claim": claim.name,
+                "statement": claim.statement,
+                "kind": claim.kind,
+                "published": claim.published,
+                "measured": finding.measured,
+                "verdict": finding.verdict,
+                "details": dict(finding.details),
+            }
+            for slug, claim, finding in found
+        ]
+        print(json.dumps(rows, indent=2))
+    else:
+        table = Table("system", "claim", "kind", "published", "measured", "verdict")
+        for slug, claim, finding in found:
+            style = _VERDICT_STYLE[finding.verdict]
+            verdict = f"[{style}]{finding.verdict}[/]"
+            row = (slug, claim.statement, claim.kind, claim.published, finding.measured, verdict)
+            table.add_row(*row)
+        Console().print(table)
+    broken = [c.name for _, c, f in found if c.kind != "measured" and f.verdict != "holds"]
+    if broken:
+        raise NormkitError(f"claims that must hold do not: {', '.join(broken)}")
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write the report pages of runs anew and print where they are."""
+    from normkit.report.page import write_report
+
+    options = tyro.cli(ReportOptions, args=arguments, prog="normkit report")
+    folders = list(options.folders)
+    if not folders:
+        folders = [
+            latest_run_folder("runs", e.slug)
+            for e in recipes.built()
+            if any(Path("runs", e.slug).glob("*/config.json"))
+        ]
+    if not folders:
+        raise InputError("there is no run below runs/; start one with: normkit run mapo")
+    for folder in folders:
+        page = write_report(folder)
+        print(json.dumps(read_json(folder, "results.json"), indent=2) if options.json else page)
+
+
+def advantages(arguments: Sequence[str]) -> None:
+    """Show what each turn of judged dialogues on disk would be credited with."""
+    from normkit.report.credit import main
+
+    main(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "list": list_systems,
+    "run": run,
+    "verify": verify,
+    "report": report,
+    "advantages": advantages,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; return the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:11} {f.__doc__}" for name, f in COMMANDS.items()]
+        print("usage: normkit COMMAND ...\n\n" + "\n".join(lines))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    command = COMMANDS.get(arguments[0])
+    try:
+        if command is None:
+            known = ", ".join(COMMANDS)
+            raise InputError(f"there is no command {arguments[0]!r}; choose one of {known}")
+        command(arguments[1:])
+    except NormkitError as error:
+        print(f"normkit: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("normkit: interrupted; go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def entry() -> None:
+    """Entry point of the ``normkit`` program."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _first(arguments: Sequence[str], command: str, what: str) -> tuple[str, list[str]]:
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"name a system: normkit {command} {what} (see: normkit list)")
+    return arguments[0], list(arguments[1:])

@@ -1,0 +1,85 @@
+"""Plots of a run, as PNG files in its ``plots`` folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from normkit.errors import MissingDependencyError
+from normkit.files import atomic_path
+
+
+@contextmanager
+def figure(path: str | Path, columns: int = 1, width: float = 6.0) -> Iterator[Sequence[Any]]:
+    """Yield ``columns`` axes side by side; the figure is written to ``path`` when the block ends."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise MissingDependencyError("matplotlib", "report") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    fig, axes = pyplot.subplots(1, columns, figsize=(width * columns, 3.8), squeeze=False)
+    try:
+        for ax in axes[0]:
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+        yield list(axes[0])
+        with atomic_path(path) as temporary:
+            fig.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
+    finally:
+        pyplot.close(fig)
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Score, reward by turn, and the health of the updates, by step.
+
+    Args:
+        rows: the lines of ``metrics.jsonl``.
+        path: the PNG to write.
+    """
+    rows = [row for row in rows if "reward" in row]
+    steps = [row["step"] for row in rows]
+    with figure(path, columns=3, width=4.6) as (score, turns, health):
+        score.plot(steps, [row.get("score") for row in rows], color="tab:blue")
+        score.set(title="training dialogues", xlabel="step", ylabel="score (EPM-Q)")
+        length = max((len(row["reward_by_turn"]) for row in rows), default=0)
+        for t in range(length):
+            values = [
+                row["reward_by_turn"][t] if t < len(row["reward_by_turn"]) else None for row in rows
+            ]
+            turns.plot(steps, values, label=f"turn {t + 1}", alpha=0.85)
+        turns.set(title="reward by turn", xlabel="step", ylabel="distance closed (points)")
+        if length:
+            turns.legend(fontsize=8)
+        health.plot(steps, [row.get("grad_norm") for row in rows], label="gradient norm")
+        health.plot(steps, [row.get("truncated") for row in rows], label="share cut at the limit")
+        health.set(title="updates", xlabel="step")
+        if rows:
+            health.legend(fontsize=8)
+
+
+def before_after(
+    before: Sequence[float], after: Sequence[float], path: str | Path, label: str
+) -> None:
+    """Each held-out scenario before and after training, on one line each.
+
+    Args:
+        before: score per scenario.
+        after: score per scenario, in the same order.
+        path: the PNG to write.
+        label: name of the score.
+    """
+    order = sorted(range(len(before)), key=lambda i: after[i] - before[i])
+    with figure(path, width=7.5) as (ax,):
+        for place, i in enumerate(order):
+            better = after[i] >= before[i]
+            color = "tab:green" if better else "tab:red"
+            ax.plot([place, place], [before[i], after[i]], color=color, alpha=0.6)
+        places = range(len(order))
+        ax.scatter(places, [before[i] for i in order], color="grey", s=18, label="before")
+        ax.scatter(places, [after[i] for i in order], color="tab:blue", s=18, label="after")
+        ax.set(title="held-out scenarios", xlabel="scenario, sorted by gain", ylabel=label)
+        ax.legend(fontsize=8)
