@@ -15,7 +15,7 @@ from rich.table import Table
 
 from normkit import __version__, recipes
 from normkit.errors import InputError, NormkitError
-from normkit.recipes.base import Claim, Finding
+from normkit.recipes.base import Claim, Finding, System
 from normkit.runs import latest_run_folder, new_run_folder, read_json
 
 _VERDICT_STYLE = {"holds": "green", "not shown": "yellow", "contradicted": "red"}
@@ -98,16 +98,7 @@ def run(arguments: Sequence[str]) -> None:
     slug, rest = _first(arguments, "run", "SYSTEM")
     system = recipes.load(slug)
 
-    def parse(
-        config: tyro.conf.OmitArgPrefixes[Any], run: tyro.conf.OmitArgPrefixes[RunOptions]
-    ) -> tuple[Any, RunOptions]:
-        return config, run
-
-    parse.__annotations__["config"] = tyro.conf.OmitArgPrefixes[system.Config]
-    parse.__defaults__ = (system.Config(), RunOptions())
-    config, options = tyro.cli(
-        parse, args=rest, prog=f"normkit run {slug}", description=f"{system.title}."
-    )
+    config, options = _parse_run(system, rest)
     if options.dry_run:
         print(f"{system.slug}: the options are fine")
         return
@@ -225,6 +216,21 @@ def main(arguments: Sequence[str]) -> int:
 def entry() -> None:
     """Entry point of the ``normkit`` program."""
     sys.exit(main(sys.argv[1:]))
+
+
+def _parse_run(system: System, arguments: Sequence[str]) -> tuple[Any, RunOptions]:
+    """Read a recipe's configuration and the run options from one flat list of flags."""
+
+    def both(config: Any, run: Any) -> tuple[Any, RunOptions]:
+        return config, run
+
+    flat: Any = tyro.conf.OmitArgPrefixes
+    both.__annotations__.update(config=flat[system.Config], run=flat[RunOptions])
+    both.__defaults__ = (system.Config(), RunOptions())
+    parsed: tuple[Any, RunOptions] = tyro.cli(
+        both, args=arguments, prog=f"normkit run {system.slug}", description=f"{system.title}."
+    )
+    return parsed
 
 
 def _first(arguments: Sequence[str], command: str, what: str) -> tuple[str, list[str]]:

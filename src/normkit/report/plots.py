@@ -13,7 +13,7 @@ from normkit.files import atomic_path
 
 @contextmanager
 def figure(path: str | Path, columns: int = 1, width: float = 6.0) -> Iterator[Sequence[Any]]:
-    """Yield ``columns`` axes side by side; the figure is written to ``path`` when the block ends."""
+    """Yield ``columns`` axes side by side; the figure is written to ``path`` at the block's end."""
     try:
         import matplotlib as mpl
     except ImportError:

@@ -34,6 +34,7 @@ from normkit.rl.dialogue import (
 )
 from normkit.rl.environment import Environment, Split
 from normkit.rl.loss import PolicyLossConfig, aggregation_weights, kl_estimate, policy_loss
+from normkit.rl.models import resolve_dtype
 from normkit.rl.policy import TokenBatch, collate, token_logprobs
 from normkit.rl.rollout import Rollout, RolloutConfig
 from normkit.runs import RunLogger
@@ -493,19 +494,9 @@ class Trainer:
             yield
 
     def _autocast(self) -> torch.autocast:
-        device = self.accelerator.device.type
-        wanted = self.config.autocast
-        enabled = wanted == "bfloat16" or (wanted == "auto" and fast_bfloat16(device))
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled)
-
-
-def fast_bfloat16(device: str) -> bool:
-    """Whether bfloat16 matrix products are faster than float32 ones on this kind of device."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    if device != "cpu":
-        return False
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        device = self.accelerator.device
+        dtype = resolve_dtype(self.config.autocast, device)
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _with_lora(model: Any, rank: int) -> Any:
