@@ -47,7 +47,7 @@ class Config:
 
     Attributes:
         model: "smollm2", or any chat model of transformers (a name or a folder).
-        judge: what fills the rubric: "embedding", "llm" (a local chat model) or "openai" (a server).
+        judge: what fills the rubric: "embedding", "llm" (local chat model) or "openai" (server).
         judge_model: the judge's model; for "llm" a name or folder, for "openai" the served name.
         judge_url: address of the OpenAI-compatible server.
         scenarios: a scenario file of your own to train on; the last third is held out.
@@ -109,7 +109,7 @@ class Config:
     @property
     def estimator_options(self) -> dict[str, Any]:
         """Options for the estimator, as far as it has them."""
-        known = {
+        known: dict[str, dict[str, Any]] = {
             "mapo": {"alpha": self.alpha, "gamma": self.gamma, "batch_scope": self.batch_scope},
             "turn": {"gamma": self.gamma},
             "batch": {"batch_scope": self.batch_scope},

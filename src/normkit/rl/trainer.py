@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,8 +237,12 @@ class Trainer:
             for number, task in enumerate(self.environment.tasks(split))
             for r in range(repeats)
         ]
-        dialogues: list[Dialogue] = self.rollout.run(self.environment, tasks, greedy=greedy)
-        return dialogues
+        sampling = self.rollout.config
+        self.rollout.config = replace(sampling, greedy=greedy)
+        try:
+            return self.rollout.run(self.environment, tasks)
+        finally:
+            self.rollout.config = sampling
 
     # ------------------------------------------------------------------ the update
 
