@@ -32,10 +32,10 @@ from tests.rl.tiny import tiny_model, tiny_tokenizer
 TIMES = ("seconds", "per_second")
 
 
-class VowelJudge:
-    """Progress for replies rich in the letter a; fails on request."""
+class PlainJudge:
+    """Progress for replies in plain ASCII; fails on request."""
 
-    name = "vowels"
+    name = "plain"
 
     def __init__(self, fail_on=(), fail_all_after=None):
         self.calls = 0
@@ -47,8 +47,8 @@ class VowelJudge:
             return [Failed("the server is down")] * len(requests)
         verdicts = []
         for i, request in enumerate(requests):
-            share = request.reply.count("a") / max(len(request.reply), 1)
-            level = min(2, int(40 * share))
+            share = sum(c.isascii() for c in request.reply) / max(len(request.reply), 1)
+            level = min(2, int(3 * share))
             verdict = filled((level, 0), (level, 0), (0, 0 if request.reply else -1))
             verdicts.append(Failed("half a verdict") if i in self.fail_on else verdict)
         return verdicts
@@ -59,7 +59,7 @@ def make(folder=None, judge=None, loss=None, new_tokens=12, **config):
     world = EmpathyEnvironment(
         [scenario(f"career-{i}", opening=f"Message {i}.") for i in range(3)],
         [scenario("career-held")],
-        judge or VowelJudge(),
+        judge or PlainJudge(),
         None,
         EmpathyConfig(epm=EPMConfig(max_turns=3)),
     )
@@ -124,14 +124,14 @@ def test_it_learns():
 
 
 def test_masked_turns_train_nothing_and_are_counted():
-    trainer = make(judge=VowelJudge(fail_on=(0, 3)))
+    trainer = make(judge=PlainJudge(fail_on=(0, 3)))
     numbers = trainer.train_step()
     assert numbers["masked_turns"] == 6
     assert torch.isfinite(torch.tensor(numbers["loss"]))
 
 
 def test_every_judge_failing_stops_and_keeps_the_steps_before(tmp_path):
-    trainer = make(tmp_path, VowelJudge(fail_all_after=9))
+    trainer = make(tmp_path, PlainJudge(fail_all_after=9))
     with pytest.raises(JudgeUnavailableError, match="the server is down"):
         trainer.train(tmp_path / "checkpoint")
     assert trainer.step == 3
@@ -296,7 +296,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
         subprocess.run(command, env=environment, cwd=root, check=True, timeout=200)
         found.append(torch.load(out, weights_only=True))
     start = list(tiny_model(tiny_tokenizer()).parameters())
-    moved = max(float((a - b).abs().max()) for a, b in zip(found[0], start, strict=True))
+    moved = max(float((a - b).detach().abs().max()) for a, b in zip(found[0], start, strict=True))
     assert moved > 1e-3
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
