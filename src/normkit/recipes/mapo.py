@@ -101,6 +101,10 @@ class Config:
     seed: int = 0
     save_hf: Path | None = None
 
+    def __post_init__(self) -> None:
+        if get_estimator(self.baseline or "mapo").needs:
+            raise InputError(f"baseline {self.baseline!r} needs a critic, which is not built")
+
     @property
     def estimator(self) -> str:
         """Name of the estimator that is used."""

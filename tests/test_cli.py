@@ -1,0 +1,107 @@
+"""The command line: what it prints, its exit codes, one-sentence errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from normkit import recipes
+from normkit.cli import main
+
+
+def test_list_shows_all_systems(capsys):
+    assert main(["list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 33
+    assert [r["slug"] for r in rows if r["built"]] == [e.slug for e in recipes.built()]
+    assert "mapo" in [r["slug"] for r in rows if r["built"]]
+    assert main(["list"]) == 0
+    assert "mapo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["dance"], "there is no command 'dance'"),
+        (["run"], "name a system"),
+        (["run", "nope"], "there is no system 'nope'"),
+        (["run", "mars"], "not built yet"),
+        (["run", "mapo", "--baseline", "nope"], "estimator must be one of"),
+        (["report", "no-such-folder"], "is no-such-folder a run folder"),
+        (["advantages", "no-such-file.json"], "cannot be read"),
+        (["run", "mapo", "--resume", "--runs", "no-runs"], "no run of 'mapo'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_two(
+    arguments, words, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("entry", recipes.built(), ids=lambda e: e.slug)
+def test_every_recipe_takes_its_options(entry, capsys):
+    assert main(["run", entry.slug, "--dry-run"]) == 0
+    assert "fine" in capsys.readouterr().out
+    for alias in entry.aliases:
+        assert main(["run", alias, "--dry-run"]) == 0
+
+
+def test_unknown_flags_exit_with_two():
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "mapo", "--no-such-flag", "1"])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("entry", recipes.built(), ids=lambda e: e.slug)
+def test_exact_and_structural_claims_hold(entry, capsys):
+    assert main(["verify", entry.slug, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows
+    assert {r["verdict"] for r in rows} == {"holds"}
+
+
+def test_importing_normkit_needs_no_extra():
+    extras = ("transformers", "accelerate", "peft", "httpx", "yaml", "matplotlib", "sklearn")
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in extras)
+    code = (
+        f"import sys; {blocked}; import normkit, normkit.cli, normkit.functional.moments, "
+        "normkit.rl.advantage, normkit.rl.loss, normkit.rl.judges; "
+        "sys.exit(normkit.cli.main(['list', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_advantages_of_empa_files(empa_dir, capsys, tmp_path):
+    plot = tmp_path / "credit.png"
+    assert main(["advantages", str(empa_dir), "--json", "--plot", str(plot)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["dialogues"]) >= 12
+    assert found["survivors"][0] == pytest.approx(3)
+    assert all(len(d["rewards"]) == len(d["advantages"]) for d in found["dialogues"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(["advantages", str(empa_dir), "--estimator", "grpo"]) == 0
+    assert "survivors per turn" in capsys.readouterr().out
+
+
+def test_advantages_of_our_own_logs(capsys, tmp_path):
+    rows = [
+        {"step": 1, "task": "a", "turns": [{"reward": r} for r in line]}
+        for line in ([1, 0, 2], [3, -1, None])
+    ]
+    log = tmp_path / "dialogues.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["advantages", str(log), "--json", "--estimator", "turn"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["dialogues"]
+    assert second["advantages"][2] == 0
+    assert first["advantages"][1] == pytest.approx(-second["advantages"][1])
+    log.write_text("{")
+    assert main(["advantages", str(log)]) == 2
