@@ -84,20 +84,20 @@ class Config:
     gamma: float = 0.85
     batch_scope: Literal["group", "batch"] = "group"
     reward: RewardKind = "idr"
-    steps: int = 24
+    steps: int = 20
     groups: int = 4
     group_size: int = 4
     max_turns: int = 4
     min_turns: int = 12
     max_new_tokens: int = 48
     temperature: float = 1.0
-    learning_rate: float = 2e-5
+    learning_rate: float = 4e-5
     lora_rank: int = 0
     kl: float = 0.0
     mini_batches: int = 1
     micro_batch_tokens: int = 4096
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    checkpoint_every: int = 12
+    checkpoint_every: int = 10
     seed: int = 0
     save_hf: Path | None = None
 
@@ -307,14 +307,12 @@ def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _progress(console: Console, steps: int) -> Any:
-    started = time.perf_counter()
-    first: list[int] = []
+    spent: list[float] = []
 
     def report(_phase: str, numbers: Mapping[str, Any]) -> None:
         step = int(numbers["step"])
-        first.append(step)
-        done = step - first[0] + 1
-        left = (time.perf_counter() - started) / done * (steps - step)
+        spent.append(numbers["rollout_seconds"] + numbers["update_seconds"])
+        left = sum(spent[-5:]) / len(spent[-5:]) * (steps - step)
         rewards = " ".join(f"{r:+.2f}" for r in numbers["reward_by_turn"])
         console.print(
             f"step {step}/{steps}  score {numbers['score']:.1f}  reward by turn {rewards}  "
@@ -322,6 +320,7 @@ def _progress(console: Console, steps: int) -> Any:
             f"grad {numbers['grad_norm']:.2f}  {numbers['sampled_tokens_per_second']:.0f} + "
             f"{numbers['trained_tokens_per_second']:.0f} tokens/s  {left / 60:.1f} min left",
             highlight=False,
+            soft_wrap=True,
         )
 
     return report
