@@ -1,5 +1,7 @@
-"""MAPO. Mixed Advantage Policy Optimization for Long-Horizon Multi-Turn Dialogue (Zhang et al.,
-2026), arXiv 2603.06194; from v2 on titled MICA.
+"""MAPO: credit for the turns of a dialogue, normalized per turn and over the batch.
+
+Mixed Advantage Policy Optimization for Long-Horizon Multi-Turn Dialogue (Zhang et al., 2026), arXiv
+2603.06194; from its second version on titled MICA.
 
 ``A = alpha z(R over the group at the same turn) + (1 - alpha) z(r over all turns of the group)``.
 
@@ -7,8 +9,8 @@ Run it::
 
     normkit run mapo                                  # SmolLM2-135M, embedding judge, one laptop
     normkit run mapo --baseline grpo                  # the same budget with another estimator
-    normkit run mapo --model Qwen/Qwen2.5-7B-Instruct --judge openai --judge-url http://host:8000 \
-        --judge-model NAME --max-turns 15 --max-new-tokens 512
+    normkit run mapo --model Qwen/Qwen2.5-7B-Instruct --judge openai \
+        --judge-url http://host:8000 --judge-model NAME --max-turns 15 --max-new-tokens 512
 
 Differences from the authors' code: dialogues are short by default (a laptop's budget), the learning
 rate is that of a 135M model, the world's texts are our own, and the statistics treat a turn that
