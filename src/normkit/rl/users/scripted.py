@@ -1,30 +1,39 @@
-"""A simulated user who speaks the scenario's own lines, chosen by the state."""
+"""A simulated user who speaks the scenario's own lines, chosen by the state.
+
+No model is needed, and the same dialogue always goes on in the same way: what is said next is a
+function of scenario, seed, history and state.
+"""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
-import numpy as np
-
-from normkit.rl.environments.scenario import Scenario
-from normkit.rl.rubric import AXES
+from normkit.errors import InputError
+from normkit.rl.rubric import AXES, Axis
 from normkit.rl.user import UserRequest
 
 
 class ScriptedUser:
     """Chooses the next line by what the last reply did and by what is still unmet.
 
-    After a setback the person says one of the ``hurt`` lines. With little left to close
-    (``|P| <= relief |P_0|``) one of ``relief``. Otherwise a line of the axis whose need is the
-    largest share of its initial size. Lines are not repeated while any is unused; then the one
-    used longest ago comes back. The same request always gets the same answer.
+    The *hurt* lines come first after a reply that set the person back on any axis. With little left
+    to close, ``|min(P, 0)| <= relief |P_0|``, the *relief* lines come first. Then, and otherwise,
+    the lines of the axes, the one with the largest share of its need unmet before the others. The
+    first line in this order that was not said yet is spoken; where all were, the one said longest
+    ago. The order within a bank of lines is drawn from scenario and seed.
 
     Args:
         relief: share of the initial deficit at which relief begins.
+
+    Raises:
+        InputError: where ``relief`` is not in [0, 1].
     """
 
     def __init__(self, relief: float = 0.3) -> None:
+        if not 0 <= relief <= 1:
+            raise InputError(f"relief must be in [0, 1], got {relief}")
         self.relief = relief
 
     def respond(self, requests: Sequence[UserRequest]) -> list[str]:
@@ -32,34 +41,39 @@ class ScriptedUser:
         return [self._next(request) for request in requests]
 
     def _next(self, request: UserRequest) -> str:
-        scenario, said = request.scenario, [message for message, _ in request.history]
-        for bank in self._banks(request):
-            order = np.random.default_rng([request.seed, len(bank)]).permutation(len(bank))
-            for line in (bank[int(i)] for i in order):
-                if line not in said:
-                    return line
-        return min(_all_lines(scenario), key=lambda line: _last_use(line, said))
+        last_use = {message: turn for turn, (message, _) in enumerate(request.history)}
+        lines = [line for name in self._banks(request) for line in _shuffled(name, request)]
+        # The minimum is the first of equals: of the unused lines that of the most fitting bank.
+        return min(lines, key=lambda line: last_use.get(line, -1))
 
-    def _banks(self, request: UserRequest) -> list[tuple[str, ...]]:
-        scenario, progress = request.scenario, request.progress
-        left = [
-            min(p, 0.0) / p0 if p0 else 0.0
-            for p, p0 in zip(request.state, request.initial, strict=True)
-        ]
-        by_need = [
-            scenario.lines[AXES[i]] for i in sorted(range(3), key=lambda i: left[i], reverse=True)
-        ]
+    def _banks(self, request: UserRequest) -> list[str]:
+        """Names of the banks that fit, the most fitting first."""
+        by_need = _by_need(request)
+        progress = request.progress
         if progress is not None and any(progress[axis].setback < 0 for axis in AXES):
-            return [scenario.hurt, *by_need]
+            return ["hurt", *by_need]
         unmet = math.hypot(*(min(p, 0.0) for p in request.state))
         if unmet <= self.relief * math.hypot(*request.initial):
-            return [scenario.relief, *by_need]
-        return by_need
+            return ["relief", *by_need]
+        return [*by_need]
 
 
-def _all_lines(scenario: Scenario) -> list[str]:
-    return [line for axis in AXES for line in scenario.lines[axis]]
+def _by_need(request: UserRequest) -> list[Axis]:
+    """Axes by the share of their initial need that is unmet, the largest first."""
+    whole = math.hypot(*request.initial)
+    share = {
+        # An axis that needed nothing at first has no share of its own, but can be hurt later.
+        axis: max(-now, 0.0) / (-start or whole or 1.0)
+        for axis, start, now in zip(AXES, request.initial, request.state, strict=True)
+    }
+    return sorted(AXES, key=lambda axis: share[axis], reverse=True)
 
 
-def _last_use(line: str, said: Sequence[str]) -> int:
-    return max(i for i, message in enumerate(said) if message == line)
+def _shuffled(name: str, request: UserRequest) -> list[str]:
+    """Lines of the bank ``"hurt"``, ``"relief"`` or of an axis, in the order of this session."""
+    scenario = request.scenario
+    banks: dict[str, Sequence[str]] = {"hurt": scenario.hurt, "relief": scenario.relief}
+    banks.update({axis: scenario.lines[axis] for axis in AXES})
+    # Seeded by text, which is the same on every machine, whatever the sign or size of the seed.
+    order = random.Random(f"{scenario.id}/{request.seed}/{name}")
+    return order.sample(banks[name], len(banks[name]))
