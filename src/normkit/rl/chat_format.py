@@ -5,8 +5,10 @@ increments instead: the opening, and what stands between one reply and the next.
 the template once, by rendering probe texts and cutting at them, and checked to add up to the full
 rendering again. From then on the template is not run any more.
 
-Earlier replies stay in the row as they were sampled. Where a template would rewrite them (some drop
-the thinking part of past turns), the row keeps what was said: it must be what the model saw.
+Earlier turns stay in the row as the model saw them. Where a template would rewrite them, the row
+does not: some templates drop the thinking part of past replies; some begin the current reply with
+an empty thinking part that past ones lack; some write a blank before a past reply, which the model
+is left to say itself. A template that goes beyond this is refused.
 """
 
 from __future__ import annotations
@@ -152,16 +154,15 @@ class ChatFormat:
         if order != contents:
             return None
         before_system = cuts.pop(0) if system else None
-        pieces = _Pieces(before_system, cuts[0], cuts[-1], cuts[2])
+        before_first, past, between, _, _, prompt = cuts
         start = f"{before_system}{_SYSTEM}" if system else ""
-        rebuilt = start + pieces.before_first + first + pieces.after_message
-        if rebuilt != opening:
+        if cuts != [before_first, past, between, past, between, prompt]:
             return None
-        for reply, message in zip(_REPLIES, (second, third), strict=True):
-            rebuilt += reply + pieces.between + message + pieces.after_message
-        if rebuilt != full:
+        if opening != start + before_first + first + prompt:
             return None
-        return pieces
+        if past.strip() != prompt.strip() and not prompt.startswith(past):
+            return None
+        return _Pieces(before_system, before_first, prompt, between)
 
     def _strips_messages(self) -> bool:
         return f" \n{_USERS[0]}\n " not in self._render([f" \n{_USERS[0]}\n "], system=False)

@@ -6,11 +6,13 @@ Shapes: B rows of a call, T tokens of a call, V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.errors import InputError
@@ -23,7 +25,8 @@ class InferenceCopy:
     """A model's twin for inference: other dtype, adapters merged, weights refreshed on demand.
 
     Weights that need no change are shared with the source, so a twin of the same dtype costs no
-    memory and is always up to date.
+    memory and is always up to date. On a CPU, bfloat16 weights of linear layers are kept in the
+    blocked order that oneDNN multiplies in, which it would otherwise restore at every call.
 
     Args:
         source: a causal language model of transformers; may be wrapped (DDP, compile, PEFT).
@@ -31,22 +34,29 @@ class InferenceCopy:
 
     Attributes:
         model: the twin, in eval mode.
+
+    Raises:
+        InputError: when adapters cannot be merged (prompt learning, a quantized base).
     """
 
     def __init__(self, source: nn.Module, dtype: torch.dtype) -> None:
-        base, shared = unwrap(source), {}
+        base = unwrap(source)
+        _check_adapters(source)
         keep = tuple(getattr(base, "_keep_in_fp32_modules", None) or ())
         keep += tuple(getattr(base, "_keep_in_fp32_modules_strict", None) or ())
+        twins: dict[int, Any] = {}
         for name, parameter in base.named_parameters():
             cast = parameter.is_floating_point() and not any(part in name for part in keep)
+            twin = parameter
             if cast and parameter.dtype != dtype:
                 twin = nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False)
-            else:
-                twin = parameter
             # deepcopy takes what its memo holds in place of a copy: tied weights stay tied.
-            shared[id(parameter)] = twin
-        self.model: Any = copy.deepcopy(base, shared)
-        self._merged = self._strip_adapters(base)
+            twins[id(parameter)] = twin
+        self.model: Any = copy.deepcopy(base, twins)
+        self._moved: dict[str, str] = {}
+        self._adapted: list[str] = []
+        self._strip_adapters()
+        self._packed = self._pack_linear_layers()
         self.model.eval()
         self.sync(source)
 
@@ -54,61 +64,137 @@ class InferenceCopy:
     def sync(self, source: nn.Module) -> None:
         """Take over the weights of ``source``, which has the structure of the original source.
 
+        Adapters are merged in float32 before the result is rounded to the twin's dtype.
+
         Args:
             source: the model in training.
         """
         base = unwrap(source)
-        weights = dict(base.named_parameters())
+        weights = dict(base.named_parameters(remove_duplicate=False))
         for name, parameter in self.model.named_parameters():
-            origin = self._merged.get(name, name)
-            if callable(origin):
-                parameter.copy_(origin(base))
-            elif weights[origin].data_ptr() != parameter.data_ptr():
-                parameter.copy_(weights[origin])
+            if name.rpartition(".")[0] not in self._adapted:
+                _fill(parameter, weights[self._moved.get(name, name)])
+        for name, packed in self._packed.items():
+            if name not in self._adapted:
+                packed.fill(weights[self._moved.get(f"{name}.weight", f"{name}.weight")])
+        for name in self._adapted:
+            layer = _merged(base.get_submodule(name))
+            if name in self._packed:
+                self._packed[name].fill(layer.weight)
+            for leaf, parameter in self.model.get_submodule(name).named_parameters():
+                _fill(parameter, layer.get_parameter(leaf))
 
-    def _strip_adapters(self, base: nn.Module) -> dict[str, Any]:
-        """Replace PEFT's layers in the twin by plain ones; say where their weights come from."""
+    def _strip_adapters(self) -> None:
+        """Replace PEFT's layers in the twin by the plain layers they wrap."""
         try:
             from peft.tuners.tuners_utils import BaseTunerLayer
             from peft.utils import ModulesToSaveWrapper
         except ImportError:
-            return {}
-        merged: dict[str, Any] = {}
+            return
         for name, module in list(self.model.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 plain = module.get_base_layer()
-                inner = f"{name}.base_layer"
+                for leaf, parameter in list(plain.named_parameters()):
+                    own = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+                    setattr(plain, leaf, own)
+                self._adapted.append(name)
             elif isinstance(module, ModulesToSaveWrapper):
                 active = module.active_adapters[0]
                 plain = module.modules_to_save[active]
-                inner = f"{name}.modules_to_save.{active}"
+                for leaf, _ in plain.named_parameters():
+                    self._moved[f"{name}.{leaf}"] = f"{name}.modules_to_save.{active}.{leaf}"
             else:
                 continue
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, plain)
-            for leaf, parameter in list(plain.named_parameters()):
-                merged[f"{name}.{leaf}"] = f"{inner}.{leaf}"
-                if isinstance(module, BaseTunerLayer) and leaf == "weight":
-                    own = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
-                    plain.weight = own
-                    merged[f"{name}.{leaf}"] = _merge(name)
-        return merged
+            self._replace(name, plain)
+
+    def _pack_linear_layers(self) -> dict[str, _PackedLinear]:
+        packed: dict[str, _PackedLinear] = {}
+        for name, module in list(self.model.named_modules()):
+            if type(module) is nn.Linear and _PackedLinear.suits(module):
+                packed[name] = _PackedLinear(module)
+                self._replace(name, packed[name])
+        return packed
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, module)
 
 
-def _merge(name: str) -> Callable[[nn.Module], Tensor]:
-    """Return a function that merges the adapters of layer ``name`` into its weight, in float32."""
+class _PackedLinear(nn.Module):
+    """A linear layer whose weight is in the blocked order of oneDNN (inference on a CPU only)."""
 
-    def merged(base: nn.Module) -> Tensor:
-        layer: Any = base.get_submodule(name)
-        weight: Tensor = layer.get_base_layer().weight.float()
-        if layer.disable_adapters:
-            return weight
-        for adapter in layer.active_adapters:
-            if adapter in layer.lora_A:
-                weight = weight + layer.get_delta_weight(adapter).float()
-        return weight
+    _ROWS = 16
+    """Rows of the inputs that the order is chosen for: a decoding step, which is memory bound."""
 
-    return merged
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = layer.bias
+        self._dtype = layer.weight.dtype
+        self.weight = torch.empty(0)
+
+    @classmethod
+    def suits(cls, layer: nn.Linear) -> bool:
+        """Whether ``layer`` gains from packing, on a build of torch that offers it."""
+        weight = layer.weight
+        return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and cls._works()
+
+    @classmethod
+    @functools.cache
+    def _works(cls) -> bool:
+        weight = torch.arange(96.0).reshape(3, 32).remainder(7).bfloat16()
+        x = torch.arange(64.0).reshape(1, 2, 32).remainder(5).bfloat16()
+        layer = nn.Linear(32, 3, bias=False, dtype=torch.bfloat16)
+        try:
+            with torch.no_grad():
+                packed = cls(layer)
+                packed.fill(weight)
+                return torch.equal(packed(x), F.linear(x, weight))
+        except (AttributeError, RuntimeError):
+            return False
+
+    def fill(self, weight: Tensor) -> None:
+        """Take over a weight ``[out_features, in_features]`` of any floating dtype."""
+        plain = weight.detach().to(self._dtype).contiguous()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(plain, self._ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, "none", [], ""
+        )
+        return result
+
+
+def _fill(parameter: Tensor, weight: Tensor) -> None:
+    if parameter.data_ptr() != weight.data_ptr():
+        parameter.copy_(weight)
+
+
+def _merged(layer: Any) -> Any:
+    """Return a float32 copy of the plain layer in a PEFT layer, its adapters merged."""
+    if layer.merged or layer.disable_adapters:
+        return copy.deepcopy(layer.get_base_layer()).float()
+    merged = copy.deepcopy(layer).float()
+    merged.merge()
+    return merged.get_base_layer()
+
+
+def _check_adapters(source: nn.Module) -> None:
+    """Refuse adapters that cannot become part of plain weights."""
+    for name, config in getattr(source, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise InputError(
+                f"model: the adapter {name!r} learns prompts; expected one that merges into "
+                "weights, such as LoRA"
+            )
+    for name, module in unwrap(source).named_modules():
+        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else None
+        if layer is not None and not all(p.is_floating_point() for p in layer.parameters()):
+            raise InputError(
+                f"model: the adapted layer {name!r} has quantized weights; load the base model "
+                "in float32 or bfloat16"
+            )
 
 
 def unwrap(model: nn.Module) -> Any:

@@ -129,6 +129,7 @@ def _load_smollm2() -> tuple[Any, Any]:
             return _load(folder, torch.float32)
         except Exception as error:  # any damage to the cache has the same cure
             _log.warning("rebuilding the damaged model cache %s (%s)", folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
     model, tokenizer = _dequantize(gguf)
     try:
         _store(model, tokenizer, folder)
@@ -189,14 +190,12 @@ def _store(model: Any, tokenizer: Any, folder: Path) -> None:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
-        if folder.exists():
-            damaged = temporary / "damaged"
-            folder.rename(damaged)
-        else:
-            damaged = None
-        temporary.rename(folder)
-        if damaged is not None:
-            shutil.rmtree(folder / "damaged", ignore_errors=True)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            # Another process was faster; what it stored is the same.
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,0 +1,423 @@
+"""Rollouts: what was sampled, with which probability, from which row of tokens."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from normkit.errors import InputError, NormkitError
+from normkit.rl.environment import Reply
+from normkit.rl.inference import RaggedDecoder, ReencodingDecoder
+from normkit.rl.rollout import Rollout, RolloutConfig, turn_uniforms
+from tests.rl.talk import ScriptedWorld, check_dialogue, plain_logprobs, said, tasks
+from tests.rl.tiny import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+END = TOKENIZER.eos_token_id
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "vocab_size": len(TOKENIZER),
+    "eos_token_id": END,
+    "bos_token_id": None,
+    "pad_token_id": END,
+}
+ROTARY = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+
+
+def build(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    # Replies end now and then: here and there the end token is likelier than all others together.
+    with torch.no_grad():
+        model.get_output_embeddings().weight[END].normal_(std=1.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(tiny_model(TOKENIZER).config)
+
+
+def play(model, count=6, world=None, tokenizer=TOKENIZER, chosen=None, **config):
+    settings = {"max_new_tokens": 10, "dtype": "float32", **config}
+    rollout = Rollout(model, tokenizer, RolloutConfig(**settings))
+    return rollout.run(world or ScriptedWorld(3), chosen or tasks(count))
+
+
+ARCHITECTURES = {
+    "llama": transformers.LlamaConfig(**ROTARY, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**ROTARY, use_sliding_window=False),
+    "qwen3": transformers.Qwen3Config(**ROTARY, head_dim=16),
+    "sliding": transformers.MistralConfig(**ROTARY, sliding_window=24),
+    "mixed": transformers.Qwen2Config(
+        **ROTARY, use_sliding_window=True, sliding_window=24, max_window_layers=1
+    ),
+    "gpt2": transformers.GPT2Config(**SIZES),
+    "gpt_neox": transformers.GPTNeoXConfig(**SIZES, intermediate_size=48),
+    "phi": transformers.PhiConfig(**ROTARY),
+    "mixtral": transformers.MixtralConfig(**ROTARY, num_local_experts=4),
+}
+OTHERS = {
+    "softcap": transformers.Gemma2Config(**ROTARY, head_dim=8, attn_logit_softcapping=0.05),
+    "alibi": transformers.BloomConfig(
+        **{k: v for k, v in SIZES.items() if "heads" not in k and "layers" not in k},
+        n_head=4,
+        n_layer=2,
+    ),
+    "recurrent": transformers.MambaConfig(
+        **{k: v for k, v in SIZES.items() if "heads" not in k}, state_size=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
+def test_logprobs_are_those_of_one_full_forward_pass(name):
+    model = build({**ARCHITECTURES, **OTHERS}[name])
+    rollout = Rollout(model, TOKENIZER, RolloutConfig(max_new_tokens=10, dtype="float32"))
+    kind = RaggedDecoder if name in ARCHITECTURES else ReencodingDecoder
+    assert isinstance(rollout._decoder, kind)
+    dialogues = rollout.run(ScriptedWorld(3, turns=lambda seed: 1 + seed % 3), tasks(6))
+    for dialogue in dialogues:
+        check_dialogue(dialogue, model)
+    lengths = {len(turn.token_ids) for dialogue in dialogues for turn in dialogue.turns}
+    assert len(lengths) > 2
+    assert [len(dialogue.turns) for dialogue in dialogues] == [1, 2, 3, 1, 2, 3]
+
+
+def test_rows_are_what_the_template_writes(model):
+    rollout = Rollout(model, TOKENIZER, RolloutConfig(max_new_tokens=10, dtype="float32"))
+    for dialogue in rollout.run(ScriptedWorld(4), tasks(4)):
+        row, known = dialogue.segments[0].token_ids, 0
+        turns = dialogue.turns
+        form = rollout.format
+        for i, (turn, (number, start, stop)) in enumerate(
+            zip(turns, dialogue.segments[0].spans, strict=True)
+        ):
+            assert number == i
+            if i == 0:
+                assert row[:start] == form.opening("Be kind.", turn.message)
+            else:
+                closed = turns[i - 1].token_ids[-1] == END
+                assert row[known:start] == form.following(turn.message, closed)
+            assert turn.reply == form.decode(turn.token_ids)
+            known = stop
+
+
+def test_a_dialogue_does_not_depend_on_its_batch(model):
+    world = {"turns": lambda seed: 2 + seed % 3, "max_turns": 4}
+    chosen = tasks(7, group_size=3)
+    together = play(model, world=ScriptedWorld(**world), chosen=chosen)
+    for options in ({"batch_size": 2}, {"batch_size": 5}, {"max_tokens": 40}, {"max_tokens": 1}):
+        again = play(model, world=ScriptedWorld(**world), chosen=chosen, **options)
+        assert said(again) == said(together)
+        assert [d.index for d in again] == list(range(7))
+    for task, dialogue in zip(chosen, together, strict=True):
+        alone = play(model, world=ScriptedWorld(**world), chosen=[task])
+        assert said(alone) == said([dialogue])
+        assert np.allclose(
+            [p for t in alone[0].turns for p in t.logprobs],
+            [p for t in dialogue.turns for p in t.logprobs],
+            atol=1e-5,
+        )
+
+
+def test_dialogues_of_one_turn_and_of_twelve_go_together(model):
+    world = ScriptedWorld(12, turns=lambda seed: 12 if seed == 3 else 1)
+    dialogues = play(model, count=5, world=world, max_new_tokens=6)
+    assert [len(d.turns) for d in dialogues] == [1, 1, 1, 12, 1]
+    assert [d.scores for d in dialogues] == [{"score": float(n)} for n in (1, 1, 1, 12, 1)]
+    assert {d.end_reason for d in dialogues} == {"done"}
+    for dialogue in dialogues:
+        check_dialogue(dialogue, model)
+        assert [turn.reward for turn in dialogue.turns] == [
+            1.0 + i for i in range(len(dialogue.turns))
+        ]
+
+
+def test_no_token_is_encoded_twice_and_equal_openings_once(model):
+    rollout = Rollout(model, TOKENIZER, RolloutConfig(max_new_tokens=8, dtype="float32"))
+    encoded = []
+    rollout._copy.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: encoded.append(args[0].numel())
+    )
+    world = ScriptedWorld(4, say=lambda task, seed, turn: f"{task} {turn}")
+    dialogues = rollout.run(world, tasks(6, group_size=3))
+    rows = [d.segments[0].token_ids for d in dialogues]
+    opening = dialogues[0].segments[0].spans[0][1]
+    # The last token of a dialogue is never an input; four of six openings are copies.
+    assert sum(encoded) == sum(len(row) - 1 for row in rows) - 4 * opening
+
+
+def test_context_overflow_begins_a_new_segment_with_the_latest_turns(model):
+    world = ScriptedWorld(12, say=lambda task, seed, turn: f"{turn} " + "word " * (seed % 3 + 2))
+    dialogues = play(model, count=4, world=world, max_context=160, max_new_tokens=12)
+    for dialogue in dialogues:
+        check_dialogue(dialogue, model)
+        assert len(dialogue.turns) == 12
+        assert len(dialogue.segments) > 1
+        for segment in dialogue.segments:
+            assert len(segment.token_ids) <= 160
+            text = TOKENIZER.decode(segment.token_ids)
+            assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>")
+        for segment in dialogue.segments[1:]:
+            turn, start, _ = segment.spans[0]
+            assert f"user\n{turn} word" in TOKENIZER.decode(segment.token_ids[:start])
+            older = TOKENIZER.decode(segment.token_ids[:start]).count("<|im_start|>user")
+            # One more turn would have filled more than half.
+            assert older == 1 or start <= 80
+            dropped = turn - older
+            assert f"user\n{dropped} word" not in TOKENIZER.decode(segment.token_ids)
+
+
+def test_overflow_rule_keeps_as_many_turns_as_fit_into_half(model):
+    config = RolloutConfig(max_new_tokens=5, max_context=200, dtype="float32")
+    rollout = Rollout(model, TOKENIZER, config)
+    world = ScriptedWorld(12, say=lambda task, seed, turn: f"message {turn}")
+    for dialogue in rollout.run(world, tasks(3)):
+        for segment in dialogue.segments[1:]:
+            turn, start, _ = segment.spans[0]
+            kept = TOKENIZER.decode(segment.token_ids[:start]).count("<|im_start|>user") - 1
+            longer = rollout.format.opening("Be kind.", f"message {turn - kept - 1}")
+            for i in range(turn - kept - 1, turn):
+                ids = dialogue.turns[i].token_ids
+                longer = longer + ids
+                longer += rollout.format.following(f"message {i + 1}", ids[-1] == END)
+            assert start <= 100 < len(longer)
+
+
+def test_messages_that_leave_no_room(model):
+    def long_later(task, seed, turn):
+        return "x" * 300 if turn == 2 else "hi"
+
+    dialogues = play(model, count=2, world=ScriptedWorld(5, say=long_later), max_context=200)
+    assert {d.end_reason for d in dialogues} == {"context"}
+    assert [len(d.turns) for d in dialogues] == [2, 2]
+    assert [d.scores for d in dialogues] == [{"score": 2.0}] * 2
+    with pytest.raises(InputError, match=r"opening of 'task0' has \d+ tokens.*max_context 200"):
+        play(model, count=1, world=ScriptedWorld(5, say=lambda *_: "y" * 300), max_context=200)
+
+
+def test_greedy_takes_the_likeliest_token(model):
+    dialogues = play(model, count=4, greedy=True, temperature=0.7)
+    for dialogue in dialogues:
+        check_dialogue(dialogue, model, temperature=0.7)
+        for _, start, stop in dialogue.segments[0].spans:
+            for at in range(start, stop):
+                with torch.no_grad():
+                    row = torch.tensor([dialogue.segments[0].token_ids[:at]])
+                    logits = model(row).logits[0, -1]
+                assert int(logits.argmax()) == dialogue.segments[0].token_ids[at]
+    other_seeds = [(task, group, seed + 100) for task, group, seed in tasks(4)]
+    world = ScriptedWorld(3, say=lambda task, seed, turn: task)
+    same = ScriptedWorld(3, say=lambda task, seed, turn: task)
+    assert said(play(model, world=world, greedy=True, chosen=other_seeds)) == said(
+        play(model, count=4, world=same, greedy=True)
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.5])
+def test_temperature_is_part_of_the_logprobs(model, temperature):
+    for dialogue in play(model, temperature=temperature):
+        check_dialogue(dialogue, model, temperature=temperature)
+
+
+def test_top_p_narrows_the_choice_and_leaves_the_logprobs(model):
+    narrow = play(model, count=6, top_p=0.4, max_new_tokens=12)
+    for dialogue in narrow:
+        check_dialogue(dialogue, model)
+        for _, start, stop in dialogue.segments[0].spans:
+            with torch.no_grad():
+                row = torch.tensor([dialogue.segments[0].token_ids])
+                probabilities = torch.softmax(model(row).logits[0], -1)
+            for at in range(start, stop):
+                p = probabilities[at - 1]
+                likelier = p[p > p[row[0, at]] + 1e-6].sum()
+                assert float(likelier) < 0.4 + 1e-5
+    assert said(narrow) != said(play(model, count=6, max_new_tokens=12))
+
+
+def test_empty_replies_and_length_limits(model):
+    only_end = copy.deepcopy(model)
+    with torch.no_grad():
+        only_end.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+        only_end.lm_head.weight[END] = 0.0
+    never = play(only_end, count=2, max_new_tokens=3, top_p=1.0)
+    for dialogue in never:
+        for turn in dialogue.turns:
+            assert turn.truncated == (turn.token_ids[-1] != END)
+            assert len(turn.token_ids) <= 3
+
+    class Always(torch.nn.Module):
+        """A head that knows one token."""
+
+        def forward(self, x):
+            logits = x.new_zeros(*x.shape[:-1], len(TOKENIZER))
+            logits[..., END] = 50.0
+            return logits
+
+    only_end.lm_head = Always()
+    world = ScriptedWorld(3)
+    for dialogue in play(only_end, count=3, world=world):
+        assert [turn.token_ids for turn in dialogue.turns] == [[END]] * 3
+        assert [turn.reply for turn in dialogue.turns] == [""] * 3
+        assert not any(turn.truncated for turn in dialogue.turns)
+        assert [turn.logprobs for turn in dialogue.turns] == [[pytest.approx(0.0, abs=1e-6)]] * 3
+        assert len(dialogue.segments) == 1
+    assert world.sessions[0].replies == [Reply("", False)] * 3
+
+
+def test_truncated_replies_are_closed_in_the_row(model):
+    dialogues = play(model, max_new_tokens=2, count=8)
+    cut = [
+        (dialogue, turn) for dialogue in dialogues for turn in dialogue.turns[:-1] if turn.truncated
+    ]
+    assert cut
+    for dialogue, turn in cut:
+        assert len(turn.token_ids) == 2
+        assert END not in turn.token_ids
+        at = dialogue.turns.index(turn)
+        stop = dialogue.segments[0].spans[at][2]
+        assert dialogue.segments[0].token_ids[stop] == END
+
+
+def test_min_new_tokens_keeps_replies_going_and_leaves_the_logprobs(model):
+    dialogues = play(model, min_new_tokens=10, max_new_tokens=10)
+    assert {len(t.token_ids) for d in dialogues for t in d.turns} == {10}
+    assert all(END not in t.token_ids for d in dialogues for t in d.turns)
+    for dialogue in dialogues:
+        check_dialogue(dialogue, model)
+
+
+def test_the_uniforms_of_a_turn_are_a_function_of_seed_and_turn():
+    assert np.array_equal(turn_uniforms(5, 2, 4), turn_uniforms(5, 2, 9)[:4])
+    many = np.concatenate([turn_uniforms(s, t, 50) for s in range(20) for t in range(20)])
+    assert len(np.unique(many)) == many.size
+    assert ((many >= 0) & (many < 1)).all()
+    assert abs(many.mean() - 0.5) < 5 / math.sqrt(12 * many.size)
+
+
+def test_equal_seeds_draw_equal_replies_and_others_do_not(model):
+    world = ScriptedWorld(2, say=lambda task, seed, turn: "hello")
+    dialogues = play(model, world=world, chosen=[("a", 0, 7), ("a", 0, 7), ("a", 0, 8)])
+    first, twin, other = said(dialogues)
+    assert first == twin
+    assert first != other
+
+
+def test_sync_takes_over_new_weights(model):
+    trained = copy.deepcopy(model)
+    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.3)):
+        rollout = Rollout(trained, TOKENIZER, RolloutConfig(max_new_tokens=8, dtype=dtype))
+        rollout.run(ScriptedWorld(2), tasks(2))
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        rollout.sync(trained)
+        for dialogue in rollout.run(ScriptedWorld(2), tasks(4)):
+            check_dialogue(dialogue, trained, tolerance=tolerance)
+        assert (
+            trained.config._attn_implementation != rollout._copy.model.config._attn_implementation
+        )
+        assert all(p.requires_grad for p in trained.parameters())
+
+
+def test_the_model_in_training_is_left_alone(model):
+    trained = copy.deepcopy(model).train()
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    play(trained)
+    assert trained.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    loss = trained(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
+    loss.backward()
+    assert all(p.grad is not None for p in trained.parameters())
+
+
+def test_a_world_that_fails_leaves_a_rollout_that_works(model):
+    class Failing(ScriptedWorld):
+        def step(self, sessions, replies):
+            if len(self.sessions[0].replies) == 1:
+                raise NormkitError("the judge is down")
+            return super().step(sessions, replies)
+
+    rollout = Rollout(model, TOKENIZER, RolloutConfig(max_new_tokens=6, dtype="float32"))
+    with pytest.raises(NormkitError, match="judge is down"):
+        rollout.run(Failing(3), tasks(4))
+    assert said(rollout.run(ScriptedWorld(3), tasks(4))) == said(
+        play(model, count=4, max_new_tokens=6)
+    )
+
+
+def test_progress_counts_turns_up_to_all_of_them(model):
+    seen = []
+    rollout = Rollout(model, TOKENIZER, RolloutConfig(max_new_tokens=3, batch_size=2))
+    rollout.run(
+        ScriptedWorld(4, turns=lambda seed: 1 + seed),
+        tasks(3),
+        progress=lambda done, most: seen.append((done, most)),
+    )
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (6, 6)
+    assert all(done <= most <= 12 for done, most in seen)
+
+
+def test_no_tasks_no_dialogues(model):
+    assert Rollout(model, TOKENIZER, RolloutConfig()).run(ScriptedWorld(2), []) == []
+
+
+def test_diverged_weights_are_an_error_that_says_so(model):
+    broken = copy.deepcopy(model)
+    rollout = Rollout(broken, TOKENIZER, RolloutConfig(dtype="float32"))
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(NormkitError, match=r"not finite.*diverged"):
+        rollout.run(ScriptedWorld(2), tasks(2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("min_new_tokens", 65),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("batch_size", 0),
+        ("max_context", 100),
+        ("max_tokens", 0),
+    ],
+)
+def test_bad_options_are_named(field, value):
+    with pytest.raises(InputError, match=field):
+        RolloutConfig(**{field: value})
+
+
+def test_bad_context_dtype_and_seed_are_named(model):
+    with pytest.raises(InputError, match="max_context must be at most 1024"):
+        Rollout(model, TOKENIZER, RolloutConfig(max_context=2000))
+    with pytest.raises(InputError, match="dtype"):
+        Rollout(model, TOKENIZER, RolloutConfig(dtype="float8"))
+    with pytest.raises(InputError, match="seed"):
+        play(model, chosen=[("a", 0, -1)])
+
+
+def test_sampled_frequencies_follow_the_model(model):
+    world = ScriptedWorld(1, say=lambda task, seed, turn: "hello")
+    chosen = [("a", 0, seed) for seed in range(600)]
+    dialogues = play(model, world=world, chosen=chosen, max_new_tokens=1, batch_size=200)
+    row = dialogues[0].segments[0].token_ids[:-1]
+    logprob = plain_logprobs(model, [*row, END])[-1]
+    p = math.exp(float(logprob))
+    ended = sum(d.turns[0].token_ids == [END] for d in dialogues)
+    assert abs(ended / 600 - p) < 4 * math.sqrt(p * (1 - p) / 600) + 1e-3
