@@ -1,21 +1,30 @@
 """The emotional-support world: a person with unmet needs, a judge, and the state between them.
 
-EMPA's Empathy Potential Model (:mod:`normkit.rl.environments.epm`) holds the state; a judge fills
-the rubric for every reply, the rubric moves the state, and the reward of a turn is how much
-closer the person came to "need met". Nothing of the scenario's needs, points or deficit reaches
-the policy: it sees a short system prompt and what the person says.
+The world of MAPO (arXiv 2603.06194) after EMPA (arXiv 2603.00552), in our own words: the Empathy
+Potential Model (:mod:`normkit.rl.environments.epm`) holds the person's state, a judge fills the
+rubric for every reply, the rubric moves the state, and a turn earns how much closer the person came
+to "need met". The policy sees a short system prompt and what the person says; the scenario's needs,
+points and deficit reach the judge and the simulated user only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
 from normkit.errors import InputError
+from normkit.files import finite
 from normkit.rl.environment import Reply, Split, Step
-from normkit.rl.environments.epm import EPMConfig, RewardKind, Trajectory, epm_q, initial_state
+from normkit.rl.environments.epm import (
+    EPMConfig,
+    RewardKind,
+    State,
+    Trajectory,
+    epm_q,
+    initial_state,
+)
 from normkit.rl.environments.scenario import Scenario
 from normkit.rl.judge import Failed, Judge, JudgeRequest, JudgeUnavailableError
 from normkit.rl.rubric import Progress
@@ -33,35 +42,79 @@ class EmpathyConfig:
     """Options of the world.
 
     Attributes:
-        epm: constants of the model; its ``max_turns`` ends a dialogue.
+        epm: constants of the model; its ``max_turns`` ends a dialogue, and neither success nor
+            failure is declared before ``min_turns`` judged turns (never, where that is more).
         reward: what a turn earns (:meth:`normkit.rl.environments.epm.Trajectory.reward`).
-        truncated: a reply cut at the length limit is judged like any other ("judge"), or its turn
-            earns nothing ("zero", as in MAPO's code).
-        system: system prompt of the policy.
-        patience: the run stops after this many batches in a row without one valid judgement.
+        truncated: a reply cut at the length limit is judged like any other ("judge"), or it moves
+            the state but its turn earns nothing ("zero", as in MAPO's code).
+        system: system prompt of the policy; empty for none.
+        patience: the run stops after this many batches in a row without one valid verdict. Near the
+            end of a long rollout a batch may be a single dialogue, whose reply a judge may refuse
+            for good: with 1, such a reply would stop every attempt to resume.
     """
 
     epm: EPMConfig = field(default_factory=EPMConfig)
     reward: RewardKind = "idr"
     truncated: Literal["judge", "zero"] = "judge"
     system: str = SYSTEM_PROMPT
-    patience: int = 1
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        kinds = get_args(RewardKind)
+        if self.reward not in kinds:
+            raise InputError(f"reward must be one of {', '.join(kinds)}, got {self.reward!r}")
+        if self.truncated not in ("judge", "zero"):
+            raise InputError(f"truncated must be judge or zero, got {self.truncated!r}")
+        if self.patience < 1:
+            raise InputError(f"patience must be at least 1 batch, got {self.patience}")
 
 
 @dataclass
+class EmpathyTurn:
+    """One exchange of a session.
+
+    Attributes:
+        message: what the person said.
+        reply: what the policy answered.
+        truncated: True where the reply was cut at the length limit.
+        reward: what the turn earned; NaN where the judge failed.
+        info: the facts of :class:`~normkit.rl.environment.Step`. A judged turn has the rubric, what
+            it did (increment, work, total_work, alignment) and where the person is now (state,
+            distance); a failed one has the reason as ``"failed"``, and state and distance. Where
+            the simulated user failed, ``"user_failed"`` has the reason.
+    """
+
+    message: str
+    reply: str
+    truncated: bool
+    reward: float
+    info: dict[str, Any]
+
+
+@dataclass(eq=False)
 class EmpathySession:
-    """One dialogue in progress."""
+    """One dialogue in progress.
+
+    Attributes:
+        scenario: who the person is and what happened.
+        seed: of the simulated user.
+        system: system prompt of the policy.
+        trajectory: the person's state, moved by every valid verdict.
+        turns: the exchanges so far.
+        said: what the person said last; empty once the dialogue is over.
+        ended: why it is over; None while it goes on.
+    """
 
     scenario: Scenario
     seed: int
     system: str
     trajectory: Trajectory
-    history: list[tuple[str, str]] = field(default_factory=list)
+    turns: list[EmpathyTurn] = field(default_factory=list)
     said: str = ""
-    rewards: list[float] = field(default_factory=list)
-    failed_judgements: int = 0
-    simulator_failures: int = 0
     ended: str | None = None
+
+    def __post_init__(self) -> None:
+        self.said = self.said or self.scenario.opening
 
     @property
     def task(self) -> str:
@@ -73,9 +126,27 @@ class EmpathySession:
         """The message that opens the dialogue."""
         return self.scenario.opening
 
+    @property
+    def history(self) -> tuple[tuple[str, str], ...]:
+        """``(user message, reply)`` of all turns, oldest first."""
+        return tuple((turn.message, turn.reply) for turn in self.turns)
+
+    @property
+    def failed_judgements(self) -> int:
+        """Turns without a valid verdict."""
+        return sum("failed" in turn.info for turn in self.turns)
+
+    @property
+    def simulator_failures(self) -> int:
+        """Turns in which the scripted user spoke for a simulator that failed."""
+        return sum("user_failed" in turn.info for turn in self.turns)
+
 
 class EmpathyEnvironment:
     """Many emotional-support dialogues side by side.
+
+    Sessions share nothing: the same scenario, seed, replies and verdicts give the same dialogue,
+    whichever other sessions are in the batch.
 
     Args:
         train: scenarios of training.
@@ -85,7 +156,7 @@ class EmpathyEnvironment:
         config: options of the world.
 
     Raises:
-        InputError: where a scenario stands in both splits.
+        InputError: where two scenarios have the same name.
     """
 
     def __init__(
@@ -100,14 +171,17 @@ class EmpathyEnvironment:
         self.judge = judge
         self._scripted = ScriptedUser()
         self.user: UserSimulator = user or self._scripted
-        self._splits: dict[str, list[str]] = {
-            "train": [s.id for s in train],
-            "heldout": [s.id for s in heldout],
-        }
-        both = set(self._splits["train"]) & set(self._splits["heldout"])
-        if both:
-            raise InputError(f"heldout: {sorted(both)[0]!r} is a training scenario too")
-        self._scenarios = {s.id: s for s in [*train, *heldout]}
+        self._splits: dict[Split, list[str]] = {"train": [], "heldout": []}
+        self._scenarios: dict[str, Scenario] = {}
+        splits: list[tuple[Split, Sequence[Scenario]]] = [("train", train), ("heldout", heldout)]
+        for split, scenarios in splits:
+            for scenario in scenarios:
+                if scenario.id in self._splits["train"] and split == "heldout":
+                    raise InputError(f"heldout: {scenario.id!r} is a training scenario too")
+                if scenario.id in self._scenarios:
+                    raise InputError(f"{split}: {scenario.id!r} is there twice")
+                self._scenarios[scenario.id] = scenario
+                self._splits[split].append(scenario.id)
         self._failed_batches = 0
 
     @property
@@ -117,7 +191,9 @@ class EmpathyEnvironment:
 
     def tasks(self, split: Split) -> Sequence[str]:
         """Names of the scenarios of a split."""
-        return self._splits[split]
+        if split not in self._splits:
+            raise InputError(f"split must be train or heldout, got {split!r}")
+        return list(self._splits[split])
 
     def start(self, task: str, seed: int) -> EmpathySession:
         """Open a session with the person of a scenario."""
@@ -125,138 +201,231 @@ class EmpathyEnvironment:
             raise InputError(f"task: there is no scenario {task!r}")
         scenario = self._scenarios[task]
         trajectory = Trajectory(initial_state(scenario.deficit), self.config.epm)
-        session = EmpathySession(scenario, seed, self.config.system, trajectory)
-        session.said = session.message
-        return session
+        return EmpathySession(scenario, seed, self.config.system, trajectory)
 
     def step(self, sessions: Sequence[EmpathySession], replies: Sequence[Reply]) -> list[Step]:
         """Judge one reply of each session, move its state, and let the person answer.
 
-        A failed judgement leaves the state as it was; its turn has reward NaN and is counted.
+        The judge is asked once for the whole batch, the simulated user once for all sessions that
+        go on. A failed judgement leaves the state as it was; its turn has reward NaN and counts as
+        a turn of the dialogue. Where the simulated user fails, the scripted one speaks.
+
+        Args:
+            sessions: sessions that have not ended, each once.
+            replies: one reply for each; a reply may be empty.
 
         Raises:
-            JudgeUnavailableError: when ``patience`` batches in a row had no valid judgement.
+            InputError: where sessions and replies do not fit together; no session has changed then.
+            JudgeUnavailableError: when ``patience`` batches in a row had no valid verdict; the
+                sessions of the last one have not changed then.
         """
+        _check(sessions, replies)
+        if not sessions:
+            return []
+        verdicts = self._verdicts(sessions, replies)
+        for session, reply, verdict in zip(sessions, replies, verdicts, strict=True):
+            self._apply(session, reply, verdict)
+        self._speak(
+            [(s, v) for s, v in zip(sessions, verdicts, strict=True) if s.ended is None],
+        )
+        return [
+            Step(s.turns[-1].reward, s.said or None, s.ended, dict(s.turns[-1].info))
+            for s in sessions
+        ]
+
+    def score(self, session: EmpathySession) -> dict[str, float]:
+        """EPM-Q of the dialogue as ``"score"``, and what it is made of (`session_scores`)."""
+        return session_scores(session)
+
+    def _verdicts(
+        self, sessions: Sequence[EmpathySession], replies: Sequence[Reply]
+    ) -> list[Progress | Failed]:
         requests = [
-            JudgeRequest(s.scenario, tuple(s.history), s.said, r.text, r.truncated)
+            JudgeRequest(s.scenario, s.history, s.said, r.text, r.truncated)
             for s, r in zip(sessions, replies, strict=True)
         ]
         verdicts = self.judge.judge(requests)
-        self._count_failures(verdicts)
-        results: list[tuple[float, dict[str, Any], Progress | None]] = []
-        for session, reply, verdict in zip(sessions, replies, verdicts, strict=True):
-            session.history.append((session.said, reply.text))
-            results.append(self._apply(session, reply, verdict))
-        live = [i for i, session in enumerate(sessions) if session.ended is None]
-        messages = dict(
-            zip(live, self._speak(sessions, [r[2] for r in results], live), strict=True)
-        )
-        steps = []
-        for i, (session, (reward, info, _)) in enumerate(zip(sessions, results, strict=True)):
-            session.said = messages.get(i, "")
-            steps.append(Step(reward, messages.get(i), session.ended, info))
-        return steps
-
-    def score(self, session: EmpathySession) -> dict[str, float]:
-        """EPM-Q of the dialogue as ``"score"``, and what it is made of."""
-        trajectory = session.trajectory
-        q = epm_q([trajectory]) if trajectory.turns else None
-        start = max(trajectory.initial_distance, 1e-9)
-        known = [r for r in session.rewards if not math.isnan(r)]
-        return {
-            "score": q.score if q else math.nan,
-            "outcome": q.outcome if q else math.nan,
-            "efficiency": q.efficiency if q else math.nan,
-            "stability": q.stability if q else math.nan,
-            "closed": (start - trajectory.distance) / start,
-            "work": trajectory.total_work,
-            "reward": sum(known),
-            "success": float(trajectory.outcome() == "success"),
-            "turns": float(len(session.history)),
-            "failed_judgements": float(session.failed_judgements),
-        }
-
-    def _count_failures(self, verdicts: Sequence[Progress | Failed]) -> None:
+        _one_each(f"judge {self.judge.name!r}", verdicts, requests)
         failures = [v for v in verdicts if isinstance(v, Failed)]
-        if not verdicts or len(failures) < len(verdicts):
-            self._failed_batches = 0
-            return
-        self._failed_batches += 1
+        self._failed_batches = self._failed_batches + 1 if len(failures) == len(verdicts) else 0
         if self._failed_batches >= self.config.patience:
             raise JudgeUnavailableError(
-                f"judge {self.judge.name!r} gave no valid verdict for {len(failures)} replies in "
-                f"{self._failed_batches} batches in a row; the last reason: {failures[-1].reason}"
+                f"judge {self.judge.name!r} gave no valid verdict in {self._failed_batches} "
+                f"batches in a row, the last of {len(failures)} replies; "
+                f"the last reason: {failures[-1].reason}"
             )
+        return verdicts
 
-    def _apply(
-        self, session: EmpathySession, reply: Reply, verdict: Progress | Failed
-    ) -> tuple[float, dict[str, Any], Progress | None]:
+    def _apply(self, session: EmpathySession, reply: Reply, verdict: Progress | Failed) -> None:
         trajectory = session.trajectory
+        info: dict[str, Any]
         if isinstance(verdict, Failed):
-            session.failed_judgements += 1
-            session.rewards.append(math.nan)
-            if len(session.history) >= self.max_turns:
-                session.ended = "max_turns"
-            return math.nan, {"failed": verdict.reason, "state": list(trajectory.state)}, None
-        turn = trajectory.advance(verdict)
-        reward = trajectory.reward(self.config.reward)
-        if reply.truncated and self.config.truncated == "zero":
-            reward = 0.0
-        session.rewards.append(reward)
-        outcome = trajectory.outcome()
-        if outcome == "failure":
+            reward = math.nan
+            info = {"failed": verdict.reason}
+        else:
+            turn = trajectory.advance(verdict)
+            reward = trajectory.reward(self.config.reward)
+            if reply.truncated and self.config.truncated == "zero":
+                reward = 0.0
+            info = {
+                "rubric": verdict.to_json(),
+                "increment": list(turn.increment),
+                "work": turn.work,
+                "total_work": turn.total_work,
+                "alignment": turn.alignment,
+            }
+        info.update(state=list(trajectory.state), distance=trajectory.distance)
+        session.turns.append(EmpathyTurn(session.said, reply.text, reply.truncated, reward, info))
+        session.said = ""
+        session.ended = trajectory.outcome()
+        if session.ended == "failure":
             session.ended = f"failure: {trajectory.reason}"
-        elif outcome is not None:
-            session.ended = outcome
-        elif len(session.history) >= self.max_turns:
+        # Failed judgements are turns of the dialogue, which must end, but not of the trajectory.
+        if session.ended is None and len(session.turns) >= self.max_turns:
             session.ended = "max_turns"
-        info = {
-            "rubric": verdict.to_json(),
-            "increment": list(turn.increment),
-            "state": list(turn.state),
-            "distance": turn.distance,
-            "work": turn.work,
-            "alignment": turn.alignment,
-        }
-        return reward, info, verdict
 
-    def _speak(
-        self,
-        sessions: Sequence[EmpathySession],
-        verdicts: Sequence[Progress | None],
-        live: Sequence[int],
-    ) -> list[str]:
+    def _speak(self, live: Sequence[tuple[EmpathySession, Progress | Failed]]) -> None:
+        if not live:
+            return
         requests = [
             UserRequest(
-                scenario=sessions[i].scenario,
-                history=tuple(sessions[i].history),
-                initial=sessions[i].trajectory.initial,
-                state=sessions[i].trajectory.state,
-                progress=verdicts[i],
-                seed=sessions[i].seed,
+                scenario=session.scenario,
+                history=session.history,
+                initial=session.trajectory.initial,
+                state=session.trajectory.state,
+                progress=None if isinstance(verdict, Failed) else verdict,
+                seed=session.seed,
             )
-            for i in live
+            for session, verdict in live
         ]
-        spoken: list[str] = []
-        for i, request, answer in zip(live, requests, self.user.respond(requests), strict=True):
-            if isinstance(answer, Failed):
-                sessions[i].simulator_failures += 1
-                spoken += self._scripted.respond([request])
+        answers = self.user.respond(requests)
+        _one_each("the simulated user", answers, requests)
+        for (session, _), request, answer in zip(live, requests, answers, strict=True):
+            if isinstance(answer, Failed) or not answer.strip():
+                reason = answer.reason if isinstance(answer, Failed) else "it said nothing"
+                session.turns[-1].info["user_failed"] = reason
+                session.said = self._scripted.respond([request])[0]
             else:
-                spoken.append(answer)
-        return spoken
+                session.said = answer
 
 
-def session_log(session: EmpathySession) -> Mapping[str, Any]:
-    """The dialogue and its trajectory as JSON-ready values."""
+def session_scores(session: EmpathySession) -> dict[str, float]:
+    """Metrics of a dialogue as it stands.
+
+    Returns:
+        ``score`` (EPM-Q) with its parts ``outcome``, ``efficiency`` and ``stability``, NaN without
+        one judged turn; ``closed``, the share of the initial distance that was closed; ``work``,
+        the effective work in points; ``reward``, the sum of the known rewards; ``success``, 1 or 0;
+        and the counts ``turns``, ``failed_judgements`` and ``simulator_failures``.
+    """
     trajectory = session.trajectory
+    q = epm_q([trajectory]) if trajectory.turns else None
+    start = trajectory.initial_distance
     return {
-        "scenario": session.scenario.id,
-        "seed": session.seed,
-        "initial": list(trajectory.initial),
-        "history": [list(pair) for pair in session.history],
-        "rewards": list(session.rewards),
-        "increments": [list(turn.increment) for turn in trajectory.turns],
-        "states": [list(turn.state) for turn in trajectory.turns],
-        "end_reason": session.ended,
+        "score": q.score if q else math.nan,
+        "outcome": q.outcome if q else math.nan,
+        "efficiency": q.efficiency if q else math.nan,
+        "stability": q.stability if q else math.nan,
+        "closed": (start - trajectory.distance) / start if start else 0.0,
+        "work": trajectory.total_work,
+        "reward": math.fsum(t.reward for t in session.turns if not math.isnan(t.reward)),
+        "success": float(session.ended == "success"),
+        "turns": float(len(session.turns)),
+        "failed_judgements": float(session.failed_judgements),
+        "simulator_failures": float(session.simulator_failures),
     }
+
+
+def session_log(session: EmpathySession) -> dict[str, Any]:
+    """The dialogue and its trajectory as JSON-ready values; NaN stands as None.
+
+    Returns:
+        ``scenario``, ``seed``, ``system``, ``epm`` (the constants), ``initial`` (P_0), ``turns``,
+        ``end_reason`` and ``scores``. A turn has the attributes of :class:`EmpathyTurn`, its info
+        among them. :func:`replay` rebuilds the trajectory.
+    """
+    log: dict[str, Any] = finite(
+        {
+            "scenario": session.scenario.id,
+            "seed": session.seed,
+            "system": session.system,
+            "epm": asdict(session.trajectory.config),
+            "initial": list(session.trajectory.initial),
+            "turns": [
+                {
+                    "message": turn.message,
+                    "reply": turn.reply,
+                    "truncated": turn.truncated,
+                    "reward": turn.reward,
+                    **turn.info,
+                }
+                for turn in session.turns
+            ],
+            "end_reason": session.ended,
+            "scores": session_scores(session),
+        }
+    )
+    return log
+
+
+def replay(log: Mapping[str, Any]) -> Trajectory:
+    """Rebuild the trajectory of a :func:`session_log` from its rubrics.
+
+    Args:
+        log: the log, also after a round trip through JSON.
+
+    Returns:
+        The trajectory; turns without a verdict have none in it.
+
+    Raises:
+        InputError: where a field is missing or wrong, or a recorded state is not the one that the
+            rubrics lead to; the message names the turn.
+    """
+    try:
+        c, a, p = (float(x) for x in log["initial"])
+        trajectory = Trajectory((c, a, p), EPMConfig(**log["epm"]))
+        judged = [(i, turn) for i, turn in enumerate(log["turns"], 1) if "failed" not in turn]
+        for number, turn in judged:
+            try:
+                trajectory.advance(Progress.from_json(turn["rubric"]))
+            except InputError as error:
+                raise InputError(f"log: turn {number}: {error}") from None
+            recorded: State = tuple(turn["state"])
+            if math.dist(recorded, trajectory.state) > 1e-6:
+                raise InputError(
+                    f"log: turn {number}: state must be {list(trajectory.state)}, as the rubrics "
+                    f"have it, got {list(recorded)}"
+                )
+    except KeyError as error:
+        raise InputError(f"log: the field {error} is missing") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"log: it is not the log of a session: {error}") from None
+    return trajectory
+
+
+def _check(sessions: Sequence[EmpathySession], replies: Sequence[Reply]) -> None:
+    if len(sessions) != len(replies):
+        raise InputError(
+            f"replies must be one for each of the {len(sessions)} sessions, got {len(replies)}"
+        )
+    if len({id(session) for session in sessions}) < len(sessions):
+        raise InputError("sessions must be different, got one of them twice")
+    for i, (session, reply) in enumerate(zip(sessions, replies, strict=True)):
+        if session.ended is not None:
+            raise InputError(
+                f"sessions[{i}] must be in progress, got {session.task!r}, which ended: "
+                f"{session.ended}"
+            )
+        text = getattr(reply, "text", reply)
+        if not isinstance(reply, Reply) or not isinstance(text, str):
+            raise InputError(f"replies[{i}] must be a Reply with a text, got {text!r}")
+
+
+def _one_each(source: str, answers: Sequence[object], requests: Sequence[object]) -> None:
+    if len(answers) != len(requests):
+        raise InputError(
+            f"{source} must give one answer for each of {len(requests)} requests, "
+            f"got {len(answers)}"
+        )
