@@ -83,6 +83,8 @@ def test_without_a_verdict_the_state_alone_decides():
 def test_a_need_that_arose_later_counts_against_the_whole():
     state = (-2.0, -4.0, -20.0)
     assert BANK_OF[answer(initial=(-12.0, -24.0, 0.0), state=state)] == "proactive"
+    state = (-12.0, -20.0, -2.0)
+    assert BANK_OF[answer(initial=(-12.0, -24.0, 0.0), state=state)] == "cognitive"
     assert BANK_OF[answer(initial=(0.0, 0.0, 0.0), state=(0.0, -1.0, 0.0))] == "affective"
     assert BANK_OF[answer(initial=(0.0, 0.0, 0.0), state=(0.0, 0.0, 0.0))] == "relief"
 

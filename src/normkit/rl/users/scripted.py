@@ -63,7 +63,7 @@ def _by_need(request: UserRequest) -> list[Axis]:
     whole = math.hypot(*request.initial)
     share = {
         # An axis that needed nothing at first has no share of its own, but can be hurt later.
-        axis: max(-now, 0.0) / (-start or whole or 1.0)
+        axis: -now / (-start or whole or 1.0)
         for axis, start, now in zip(AXES, request.initial, request.state, strict=True)
     }
     return sorted(AXES, key=lambda axis: share[axis], reverse=True)
