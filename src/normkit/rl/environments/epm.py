@@ -7,11 +7,15 @@ proactive), negative while unmet and zero when met. A filled rubric is an increm
     P_t = P_{t-1} + v_t                    state
     phi(P) = |max(0, -epsilon - P)|        distance still to go, to the box {x >= -epsilon}
     dE_t = v_t . v*,  v* = -P_0 / |P_0|    effective work along the direction of full relief
-    r_t = phi(P_{t-1}) - phi(P_t)          incremental distance reward
+    r_t = phi(P_{t-1}) - phi(P_t)          incremental distance reward (IDR)
 
-Where EMPA's paper and code differ we follow the code by default, since its published results do:
-v* stays at the initial direction (the paper lets it follow the state: ``direction="current"``), and
-success needs the work to reach ``|P_0|``, which with a fixed v* implies the positional condition.
+Where EMPA's paper and its code differ, the code is followed, since the published results do. In the
+paper v* follows the state, and a success also needs a relieved user or enough mean alignment
+(``direction="current"``); with v* fixed, ``P . v* = E - |P_0|``, so that work of ``|P_0|`` is all.
+The version that made the published results, like MAPO's copy of the sandbox, also ended dialogues
+that went back and forth (``oscillation_window=12``); EMPA's code of today does not.
+
+All vectors are tuples of three floats, in points, ordered as :data:`normkit.rl.rubric.AXES`.
 """
 
 from __future__ import annotations
@@ -19,12 +23,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal, get_args
 
 from normkit.errors import InputError
 from normkit.rl.environments.scenario import INDICATORS
-from normkit.rl.rubric import AXES, Progress
+from normkit.rl.rubric import AXES, Axis, Progress
 
 State = tuple[float, float, float]
 Direction = Literal["initial", "current"]
@@ -33,13 +37,16 @@ Outcome = Literal["success", "failure", "max_turns"]
 
 _POINTS = {"C.1": 2, "C.2": 2, "C.3": 3, "A.1": 2, "A.2": 4, "A.3": 3, "P.1": 2, "P.2": 4, "P.3": 3}
 """Points of deficit per level of each indicator of the initial-deficit form."""
-_PROGRESS = (0.0, 1.0, 3.0)
-_SETBACK = {"cognitive": (0.0, -2.0, -4.0), "affective": (0.0, -2.0, -5.0)}
-_SETBACK["proactive"] = _SETBACK["affective"]
+_PROGRESS = (0, 1, 3)
+_SETBACK: Mapping[Axis, tuple[int, int, int]] = {"cognitive": (0, -2, -4), "affective": (0, -2, -5)}
+_SETBACK = {**_SETBACK, "proactive": _SETBACK["affective"]}
 
 _COLLAPSE_TURNS = 5
 _STAGNATION_TURNS, _STAGNATION_STD = 5, 0.5
 _REGRESSION_TURNS, _REGRESSION_SHARE, _REGRESSION_WORK = 8, 0.7, -1.0
+_OSCILLATION_POINTS = 3
+_EXACT = 1e-9
+"""Rubric points are integers, so that work is a multiple of 1/|P_0| >= 0.02: less is rounding."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +58,30 @@ class EPMConfig:
         min_turns: neither success nor failure is declared earlier.
         epsilon: tolerance per axis, in points, within which a need counts as met.
         direction: whether v* is fixed at the start or follows the state.
-        label_tolerance: share of ``|P_0|`` within which a success is labelled geometric; it
-            never decides whether there is one.
+        alpha: share of ``|P_0|`` within which a user counts as relieved. With a fixed direction it
+            only decides whether a success is called geometric or positional; EMPA's published
+            results have 0.1.
+        min_alignment: mean alignment of a success further away (with ``direction="current"``; the
+            paper's tau_align).
+        oscillation_window: a dialogue fails whose state, over this many judged turns, moved by at
+            least 3 points in all and came back to within 3 points (sums of absolute values); 0
+            switches the rule off.
     """
 
     max_turns: int = 45
     min_turns: int = 12
     epsilon: float = 1.0
     direction: Direction = "initial"
-    label_tolerance: float = 0.05
+    alpha: float = 0.05
+    min_alignment: float = 0.0
+    oscillation_window: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_turns < 1 or self.min_turns < 1:
-            raise InputError("max_turns and min_turns must be at least 1")
-        if self.epsilon < 0:
-            raise InputError(f"epsilon must be at least 0, got {self.epsilon}")
+        least = {"max_turns": 1, "min_turns": 1, "epsilon": 0, "alpha": 0, "oscillation_window": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= bound):
+                raise InputError(f"{name} must be at least {bound}, got {value}")
         if self.direction not in ("initial", "current"):
             raise InputError(f"direction must be initial or current, got {self.direction!r}")
 
@@ -92,59 +108,81 @@ def initial_state(levels: Mapping[str, int]) -> State:
 
 
 def increment(progress: Progress) -> State:
-    """Increment v of the state from a filled rubric: progress plus setback points per axis."""
+    """Increment v of the state from a filled rubric: progress plus setback points per axis.
+
+    Progress levels 0, 1, 2 give 0, +1, +3 points; setback levels 0, -1, -2 give 0, -2, -4
+    (cognitive) or 0, -2, -5 (affective, proactive).
+    """
     c, a, p = (
-        _PROGRESS[progress[axis].progress] + _SETBACK[axis][-progress[axis].setback]
+        float(_PROGRESS[progress[axis].progress] + _SETBACK[axis][-progress[axis].setback])
         for axis in AXES
     )
     return (c, a, p)
 
 
-def box_distance(state: State, epsilon: float = 1.0) -> float:
-    """Distance still to go: Euclidean distance of P to the box ``{x >= -epsilon}``."""
-    return math.hypot(*(max(0.0, -epsilon - x) for x in state))
+def box_distance(P: Sequence[float], epsilon: float = 1.0) -> float:
+    """Distance still to go: Euclidean distance of P to the box ``{x >= -epsilon}``, in points."""
+    return math.hypot(*(max(0.0, -epsilon - x) for x in P))
 
 
 @dataclass(frozen=True)
 class EPMTurn:
-    """What one turn did.
+    """What one judged turn did.
 
     Attributes:
-        turn: number of the turn, from 1.
+        turn: number of the turn in the dialogue, from 1.
         increment: v_t, points per axis.
         state: P_t.
+        norm: |P_t|.
         distance: phi(P_t).
-        work: dE_t; ``total_work`` is its sum so far.
-        alignment: cosine of v_t with v*; zero for v_t = 0.
         projection: P_t . v*; minus |P_0| at the start, zero at full relief.
-        progress_levels: sum of the rubric's progress and setback levels.
-        setback_levels: sum of the sizes of the setback levels.
+        work: dE_t.
+        total_work: sum of the work so far.
+        alignment: cosine of v_t with v*; zero for v_t = 0.
+        net_level: sum of the rubric's progress and setback levels; None where the increment was
+            given without a rubric and no rubric gives it.
+        setback_level: sum of the sizes of the setback levels; None likewise.
     """
 
     turn: int
     increment: State
     state: State
+    norm: float
     distance: float
+    projection: float
     work: float
     total_work: float
     alignment: float
-    projection: float
-    progress_levels: int
-    setback_levels: int
+    net_level: int | None
+    setback_level: int | None
 
 
 @dataclass
 class Trajectory:
     """The state of one user through a dialogue.
 
-    Args:
+    Attributes:
         initial: P_0.
         config: constants of the model.
+        total_turns: turns of the dialogue, where it went on after the last judged one.
+        turns: what the judged turns did.
+
+    Raises:
+        InputError: where ``initial`` is not three finite numbers.
     """
 
     initial: State
     config: EPMConfig = field(default_factory=EPMConfig)
-    turns: list[EPMTurn] = field(default_factory=list)
+    total_turns: int | None = None
+    turns: list[EPMTurn] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.initial = _vector(self.initial, "initial")
+
+    @property
+    def length(self) -> int:
+        """Turns of the dialogue, judged or not."""
+        return max(self.turns[-1].turn if self.turns else 0, self.total_turns or 0)
 
     @property
     def state(self) -> State:
@@ -166,39 +204,59 @@ class Trajectory:
         """phi(P) now."""
         return box_distance(self.state, self.config.epsilon)
 
-    def advance(self, progress: Progress) -> EPMTurn:
-        """Apply one filled rubric and return what it did."""
-        v = increment(progress)
-        origin = self.initial if self.config.direction == "initial" else self.state
-        target = _unit(tuple(-x for x in origin))
+    def advance(self, judged: Progress | Sequence[float], turn: int | None = None) -> EPMTurn:
+        """Apply what one turn did, and return it.
+
+        Args:
+            judged: the filled rubric, or the increment itself. The rubric of an increment, which
+                EPM-Q needs, is taken to be the one with the fewest setbacks that gives it.
+            turn: number of the turn, where not every turn is judged; the next one by default.
+
+        Raises:
+            InputError: for an increment that is not three finite numbers, or a turn number that
+                does not follow the one before.
+        """
+        last = self.turns[-1].turn if self.turns else 0
+        if turn is not None and turn <= last:
+            raise InputError(f"turn must be above {last}, got {turn}")
+        v = increment(judged) if isinstance(judged, Progress) else _vector(judged, "increment")
+        levels = _levels(judged) if isinstance(judged, Progress) else _fewest_setbacks(v)
         before = self.state
+        target = _unit(self.initial if self.config.direction == "initial" else before)
         state = (before[0] + v[0], before[1] + v[1], before[2] + v[2])
-        work = _dot(v, target)
         size = math.hypot(*v)
-        turn = EPMTurn(
-            turn=len(self.turns) + 1,
+        work = _dot(v, target)
+        work = work if abs(work) > _EXACT else 0.0
+        done = EPMTurn(
+            turn=last + 1 if turn is None else turn,
             increment=v,
             state=state,
+            norm=math.hypot(*state),
             distance=box_distance(state, self.config.epsilon),
+            projection=_dot(state, target),
             work=work,
             total_work=self.total_work + work,
             alignment=work / size if size else 0.0,
-            projection=_dot(state, target),
-            progress_levels=sum(progress[axis].progress + progress[axis].setback for axis in AXES),
-            setback_levels=-sum(progress[axis].setback for axis in AXES),
+            net_level=levels[0],
+            setback_level=levels[1],
         )
-        self.turns.append(turn)
-        return turn
+        self.turns.append(done)
+        return done
 
     def reward(self, kind: RewardKind = "idr") -> float:
         """Reward of the latest turn.
 
         Args:
-            kind: "idr" ``phi(P_{t-1}) - phi(P_t)``; "absolute" ``-phi(P_t)`` (distance_to_goal in
-                MAPO's code); "increment" the sum of v's components (v_t_last_increment);
-                "potential" ``.99 Phi(P_t) - Phi(P_{t-1})``, ``Phi = 9 / (9 + |P|)``
-                (Potential_Based_reward); "work" dE_t.
+            kind: "idr" ``phi(P_{t-1}) - phi(P_t)``, the distance closed; "absolute" ``-phi(P_t)``
+                (MAPO's code: ``distance_to_goal``); "increment" the sum of v's components
+                (``v_t_last_increment``); "potential" ``.99 Phi(P_t) - Phi(P_{t-1})``,
+                ``Phi = 9 / (9 + |P|)`` (``Potential_Based_reward``); "work" dE_t.
+
+        Raises:
+            InputError: before the first turn, or for another kind.
         """
+        if kind not in get_args(RewardKind):
+            raise InputError(f"reward must be one of {get_args(RewardKind)}, got {kind!r}")
         if not self.turns:
             raise InputError("reward: the trajectory has no turn yet")
         last = self.turns[-1]
@@ -210,10 +268,8 @@ class Trajectory:
         if kind == "increment":
             return sum(last.increment)
         if kind == "potential":
-            return 0.99 * 9 / (9 + math.hypot(*last.state)) - 9 / (9 + math.hypot(*before))
-        if kind == "work":
-            return last.work
-        raise InputError(f"reward: unknown kind {kind!r}")
+            return 0.99 * _potential(last.norm) - _potential(math.hypot(*before))
+        return last.work
 
     def outcome(self) -> Outcome | None:
         """How the dialogue ended, or None while it goes on."""
@@ -221,27 +277,46 @@ class Trajectory:
 
     @property
     def reason(self) -> str:
-        """Why the dialogue ended; empty while it goes on."""
+        """Why the dialogue ended; empty while it goes on.
+
+        "geometric" or "positional" for a success ("aligned" with a direction that follows the
+        state); for a failure every rule that holds, of "direction collapse", "stagnation" and
+        "persistent regression", or "oscillation (total change 40, net change 2)".
+        """
         return self._ending()[1]
 
     def _ending(self) -> tuple[Outcome | None, str]:
-        n = len(self.turns)
-        if n >= self.config.min_turns:
-            goal = math.hypot(*self.initial)
-            if self.total_work >= goal:
-                near = math.hypot(*self.state) <= self.config.label_tolerance * goal
-                return "success", "geometric" if near else "positional"
-            causes = self._failures()
-            if causes:
-                return "failure", ", ".join(causes)
-        if n >= self.config.max_turns:
-            return "max_turns", f"reached {self.config.max_turns} turns"
+        """The rules in EMPA's order: success, failure, out of turns, oscillation."""
+        config = self.config
+        if self.length >= config.min_turns and (success := self._success()):
+            return "success", success
+        # Like EMPA's code, failure counts judged turns where success counts turns.
+        judged_enough = len(self.turns) >= config.min_turns
+        if judged_enough and (failures := self._failures()):
+            return "failure", ", ".join(failures)
+        if self.length >= config.max_turns:
+            return "max_turns", f"reached {config.max_turns} turns"
+        if judged_enough and (oscillation := self._oscillation()):
+            return "failure", oscillation
         return None, ""
 
+    def _success(self) -> str:
+        """How the user's need was met; empty where it was not."""
+        goal = math.hypot(*self.initial)
+        if self.total_work < goal - _EXACT:
+            return ""
+        if math.hypot(*self.state) <= self.config.alpha * goal + _EXACT:
+            return "geometric"
+        if self.config.direction == "initial":
+            return "positional"
+        mean = statistics.fmean(turn.alignment for turn in self.turns) if self.turns else 0.0
+        return "aligned" if mean > self.config.min_alignment else ""
+
     def _failures(self) -> list[str]:
+        """Every rule that holds, where they end the dialogue."""
         work = [turn.work for turn in self.turns]
         collapsing = len(work) >= _COLLAPSE_TURNS and all(w < 0 for w in work[-_COLLAPSE_TURNS:])
-        norms = [math.hypot(*turn.state) for turn in self.turns[-_STAGNATION_TURNS:]]
+        norms = [turn.norm for turn in self.turns[-_STAGNATION_TURNS:]]
         stagnant = len(norms) == _STAGNATION_TURNS and statistics.stdev(norms) < _STAGNATION_STD
         recent = work[-_REGRESSION_TURNS:]
         regressing = (
@@ -249,27 +324,46 @@ class Trajectory:
             and sum(w < 0 for w in recent) > _REGRESSION_SHARE * _REGRESSION_TURNS
             and sum(recent) < _REGRESSION_WORK
         )
-        if not collapsing and not (stagnant and regressing):
+        if not (collapsing or (stagnant and regressing)):
             return []
-        found = (collapsing, stagnant and regressing, regressing)
-        names = ("direction collapse", "stagnation", "persistent regression")
-        return [name for name, holds in zip(names, found, strict=True) if holds]
+        rules = {
+            "direction collapse": collapsing,
+            "stagnation": stagnant,
+            "persistent regression": regressing,
+        }
+        return [name for name, holds in rules.items() if holds]
+
+    def _oscillation(self) -> str:
+        """What moved back and forth, with EMPA's two figures; empty where nothing did."""
+        recent = self.turns[-self.config.oscillation_window :]
+        if not 0 < self.config.oscillation_window == len(recent) or recent[-1].distance == 0:
+            return ""
+        total = sum(abs(x) for turn in recent for x in turn.increment)
+        # From the first state of the window on: its own increment led there and is not part.
+        ends = zip(recent[0].state, recent[-1].state, strict=True)
+        net = sum(abs(last - first) for first, last in ends)
+        if total >= _OSCILLATION_POINTS > net:
+            return f"oscillation (total change {total:g}, net change {net:g})"
+        return ""
 
 
 @dataclass(frozen=True)
 class EPMQ:
     """EPM-Q of one dialogue, or the mean over several; every index in percent, higher is better.
 
+    With d_0, d_T the first and last distance, r_0 = d_0, E the total work over T turns, and means
+    over the n points of the trajectory:
+
     Attributes:
-        rdi: relative distance improvement.
-        etot: total effective work.
-        snet: net rubric levels.
-        rho: work per turn of the dialogue.
-        sproj: mean work per recorded turn.
-        tau: directness of the path.
-        rpos: share of turns with positive work.
-        align: mean alignment.
-        pen: freedom from setbacks.
+        rdi: relative distance improvement, ``(100 (d_0 - d_T) / d_0 + 100) / 2`` within [0, 100].
+        etot: total work, ``100 max(0, E) / (1.2 r_0)``.
+        snet: net rubric levels S, ``100 max(0, S) / (1.5 r_0)``.
+        rho: work per turn, ``100 max(0, E / T) / 2.5``.
+        sproj: mean work per point, ``100 max(0, E / n) / 2.5``.
+        tau: directness, ``max(0, 100 (3 - path / displacement) / 2)``.
+        rpos: share of points with positive work.
+        align: mean alignment, ``50 (mean + 1)``.
+        pen: freedom from setbacks, ``max(0, 100 (3 - sum |setback levels| / n) / 3)``.
     """
 
     rdi: float
@@ -302,53 +396,104 @@ class EPMQ:
         """``0.4 outcome + 0.2 efficiency + 0.4 stability``; can exceed 100."""
         return 0.4 * self.outcome + 0.2 * self.efficiency + 0.4 * self.stability
 
+    def to_json(self) -> dict[str, float]:
+        """The nine indices, the three parts and the score by name."""
+        parts = ("outcome", "efficiency", "stability", "score")
+        return {**asdict(self), **{name: getattr(self, name) for name in parts}}
+
 
 def epm_q(trajectories: Sequence[Trajectory], include_initial: bool = True) -> EPMQ:
     """EPM-Q over dialogues: each index is averaged over the cases, then combined.
 
     Args:
-        trajectories: finished dialogues, at least one; each has at least one turn.
-        include_initial: count the starting point, with work and alignment zero, in per-turn means,
-            as EMPA's code and published table do.
+        trajectories: dialogues of any length, at least one.
+        include_initial: count the starting point, with work, alignment and setbacks zero, in
+            per-turn means, as EMPA's code and published table do.
 
     Raises:
-        InputError: without a trajectory, or for one without turns.
+        InputError: without a trajectory, or for an increment that no rubric gives.
     """
     if not trajectories:
-        raise InputError("trajectories must hold at least one dialogue")
-    cases = [_case(trajectory, include_initial) for trajectory in trajectories]
-    names = list(EPMQ.__dataclass_fields__)
+        raise InputError("trajectories must hold at least one dialogue, got none")
+    cases = [epm_q_case(trajectory, include_initial) for trajectory in trajectories]
+    names = [each.name for each in fields(EPMQ)]
     return EPMQ(*(statistics.fmean(getattr(case, name) for case in cases) for name in names))
 
 
-def _case(trajectory: Trajectory, include_initial: bool) -> EPMQ:
+def epm_q_case(trajectory: Trajectory, include_initial: bool = True) -> EPMQ:
+    """EPM-Q of one dialogue; see :func:`epm_q`.
+
+    A dialogue without turns scores as one that changed nothing. A path that ends where it began
+    has infinite tortuosity and thus ``tau`` 0 (EMPA's code divides nothing there and gives 100; no
+    published dialogue is one). A user who lacked nothing counts as at distance 1.
+    """
     turns = trajectory.turns
-    if not turns:
-        raise InputError("trajectories: EPM-Q needs at least one turn in every dialogue")
-    start = max(trajectory.initial_distance, 1e-9)
+    for turn in turns:
+        if turn.net_level is None:
+            raise InputError(
+                f"increment of turn {turn.turn} must come from a rubric, whose levels EPM-Q needs, "
+                f"got {turn.increment}"
+            )
+    net = sum(turn.net_level or 0 for turn in turns)
+    setbacks = sum(turn.setback_level or 0 for turn in turns)
+    start = trajectory.initial_distance
+    unmet = start > _EXACT
+    scale, closed = (start, 100 * (1 - trajectory.distance / start)) if unmet else (1.0, 0.0)
     work = max(0.0, trajectory.total_work)
-    points = len(turns) + (1 if include_initial else 0)
+    points = max(1, len(turns) + (1 if include_initial else 0))
     path = sum(math.hypot(*turn.increment) for turn in turns)
-    moved = math.dist(trajectory.state, trajectory.initial)
-    tortuosity = max(1.0, path / moved) if moved > 0 else (1.0 if path == 0 else math.inf)
-    closed = 100 * (start - trajectory.distance) / start
+    displacement = math.dist(trajectory.state, trajectory.initial)
+    tortuosity = 1.0
+    if path > _EXACT:
+        tortuosity = path / displacement if displacement > _EXACT else math.inf
     return EPMQ(
         rdi=min(max((closed + 100) / 2, 0.0), 100.0),
-        etot=100 * work / (1.2 * start),
-        snet=100 * max(0, sum(turn.progress_levels for turn in turns)) / (1.5 * start),
-        rho=100 * work / len(turns) / 2.5,
-        sproj=100 * max(0.0, sum(turn.work for turn in turns) / points) / 2.5,
-        tau=max(0.0, 100 * (3 - tortuosity) / 2),
+        etot=100 * work / (1.2 * scale),
+        snet=100 * max(0, net) / (1.5 * scale),
+        rho=100 * work / max(1, trajectory.length) / 2.5,
+        sproj=100 * work / points / 2.5,
+        tau=max(0.0, 100 * (3 - max(1.0, tortuosity)) / 2),
         rpos=100 * sum(turn.work > 0 for turn in turns) / points,
         align=50 * (sum(turn.alignment for turn in turns) / points + 1),
-        pen=max(0.0, 100 * (3 - sum(turn.setback_levels for turn in turns) / points) / 3),
+        pen=max(0.0, 100 * (3 - setbacks / points) / 3),
     )
+
+
+def _levels(progress: Progress) -> tuple[int | None, int | None]:
+    """Net level and size of the setbacks of a filled rubric, over the axes."""
+    setbacks = -sum(progress[axis].setback for axis in AXES)
+    return sum(progress[axis].progress for axis in AXES) - setbacks, setbacks
+
+
+def _fewest_setbacks(v: State) -> tuple[int | None, int | None]:
+    """The same for an increment, from the rubric with the fewest setbacks that gives it."""
+    net = setbacks = 0
+    for axis, points in zip(AXES, v, strict=True):
+        pairs = ((s, p) for s in range(3) for p in range(3))
+        given = [(s, p) for s, p in pairs if _PROGRESS[p] + _SETBACK[axis][s] == points]
+        if not given:
+            return None, None
+        setback, progress = given[0]
+        net, setbacks = net + progress - setback, setbacks + setback
+    return net, setbacks
+
+
+def _potential(norm: float) -> float:
+    return 9 / (9 + norm)
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def _unit(v: Sequence[float]) -> tuple[float, ...]:
-    size = math.hypot(*v)
-    return tuple(x / size for x in v) if size else tuple(0.0 for _ in v)
+def _unit(P: State) -> State:
+    """Direction from P to full relief; zero at full relief."""
+    size = math.hypot(*P)
+    return (-P[0] / size, -P[1] / size, -P[2] / size) if size else (0.0, 0.0, 0.0)
+
+
+def _vector(values: Sequence[float], name: str) -> State:
+    if len(values) != 3 or not all(math.isfinite(x) for x in values):
+        raise InputError(f"{name} must be three finite numbers, got {values!r}")
+    c, a, p = (float(x) for x in values)
+    return (c, a, p)
