@@ -99,6 +99,8 @@ def run(arguments: Sequence[str]) -> None:
     system = recipes.load(slug)
 
     config, options = _parse_run(system, rest)
+    if hasattr(config, "validate"):
+        config.validate()
     if options.dry_run:
         print(f"{system.slug}: the options are fine")
         return

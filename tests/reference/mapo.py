@@ -32,8 +32,6 @@ def mapo(rewards, groups, gamma=0.85, alpha=0.5, scope="group", eps=1e-8):
         for t in range(len(row)):
             peers = [ret[j][t] for j in mates if t < len(rewards[j])]
             every = [r for j in pool for r in rewards[j]]
-            line.append(
-                alpha * _z(peers, ret[i][t], eps) + (1 - alpha) * _z(every, row[t], eps)
-            )
+            line.append(alpha * _z(peers, ret[i][t], eps) + (1 - alpha) * _z(every, row[t], eps))
         out.append(line)
     return out

@@ -61,7 +61,8 @@ class System:
         year: year of the paper.
         tags: what it normalizes, and where.
         symbols: public names of normkit that implement it, as import paths.
-        Config: frozen dataclass whose fields are the flags of ``normkit run``.
+        Config: frozen dataclass whose fields are the flags of ``normkit run``; a method
+            ``validate()``, where it has one, checks what their types cannot say.
         run: ``run(config, folder) -> results``: does the work in a run folder and writes its
             ``results.json`` and report there.
         claims: the paper's statements as checks.

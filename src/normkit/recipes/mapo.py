@@ -103,7 +103,12 @@ class Config:
     seed: int = 0
     save_hf: Path | None = None
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Check what the types cannot say.
+
+        Raises:
+            InputError: names the flag.
+        """
         if get_estimator(self.baseline or "mapo").needs:
             raise InputError(f"baseline {self.baseline!r} needs a critic, which is not built")
 
@@ -131,6 +136,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     from normkit.rl.rollout import RolloutConfig
     from normkit.rl.trainer import Trainer, TrainerConfig
 
+    config.validate()
     started = time.perf_counter()
     console = Console()
     resumed = (folder / "checkpoint" / "state.json").exists() or (
