@@ -116,6 +116,8 @@ def test_it_may_be_called_where_an_event_loop_runs_and_from_threads():
         Answer(raw=b"<html>a proxy's page</html>"),
         Answer(raw=b"[]"),
         Answer(raw=b'{"choices": []}'),
+        Answer(raw=b"[" * 100_000),
+        Answer(raw=b"[" * 100_000, status=500),
         Answer(hang_up=True),
     ],
     ids=lambda a: f"{a.status}-{(a.raw or b'')[:9].decode()}{'hang-up' * a.hang_up}",

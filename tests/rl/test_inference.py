@@ -130,19 +130,20 @@ def test_adapters_are_merged(options):
     assert twin.model.model.layers[0].mlp.up_proj.weight.data_ptr() == frozen.data_ptr()
 
 
-def test_adapters_are_merged_before_rounding():
-    policy = adapted(tiny_model(TOKENIZER))
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_merged_before_rounding(base_dtype):
+    policy = adapted(tiny_model(TOKENIZER).to(base_dtype))
     twin = InferenceCopy(policy, torch.bfloat16)
     layer = policy.get_base_model().model.layers[0].self_attn.q_proj
-    merged = layer.base_layer.weight + layer.get_delta_weight("default")
+    merged = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
     found = twin.model.model.layers[0].self_attn.q_proj.weight
     if found.is_mkldnn:
         found = found.to_dense()
     assert torch.equal(found, merged.bfloat16())
-    torch.testing.assert_close(logits(twin.model), logits(policy), atol=3e-2, rtol=0)
+    torch.testing.assert_close(logits(twin.model), logits(policy), atol=4e-2, rtol=0)
     with policy.disable_adapter():
         twin.sync(policy)
-        torch.testing.assert_close(logits(twin.model), logits(policy), atol=3e-2, rtol=0)
+        torch.testing.assert_close(logits(twin.model), logits(policy), atol=4e-2, rtol=0)
 
 
 def test_adapters_that_do_not_merge_are_refused(model):

@@ -185,12 +185,17 @@ def test_overflow_rule_keeps_as_many_turns_as_fit_into_half(model):
         for segment in dialogue.segments[1:]:
             turn, start, _ = segment.spans[0]
             kept = TOKENIZER.decode(segment.token_ids[:start]).count("<|im_start|>user") - 1
-            longer = rollout.format.opening("Be kind.", f"message {turn - kept - 1}")
-            for i in range(turn - kept - 1, turn):
-                ids = dialogue.turns[i].token_ids
-                longer = longer + ids
-                longer += rollout.format.following(f"message {i + 1}", ids[-1] == END)
-            assert start <= 100 < len(longer)
+
+            def row_from(first, turn=turn, turns=dialogue.turns):
+                row = rollout.format.opening("Be kind.", f"message {first}")
+                for i in range(first, turn):
+                    ids = turns[i].token_ids
+                    following = rollout.format.following(f"message {i + 1}", ids[-1] == END)
+                    row = row + ids + following
+                return row
+
+            assert segment.token_ids[:start] == row_from(turn - kept)
+            assert start <= 100 < len(row_from(turn - kept - 1))
 
 
 def test_messages_that_leave_no_room(model):
@@ -302,6 +307,20 @@ def test_the_uniforms_of_a_turn_are_a_function_of_seed_and_turn():
     assert len(np.unique(many)) == many.size
     assert ((many >= 0) & (many < 1)).all()
     assert abs(many.mean() - 0.5) < 5 / math.sqrt(12 * many.size)
+
+
+def test_tokens_are_where_the_uniforms_fall_in_the_models_distribution(model):
+    for dialogue in play(model, count=4, temperature=1.3):
+        row = dialogue.segments[0].token_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([row])).logits[0].double() / 1.3
+        cumulative = torch.softmax(logits, -1).cumsum(-1)
+        for turn, start, stop in dialogue.segments[0].spans:
+            uniforms = turn_uniforms(dialogue.seed, turn, 10)
+            for at, uniform in zip(range(start, stop), uniforms, strict=False):
+                running, token = cumulative[at - 1], row[at]
+                below = running[token - 1] if token else 0.0
+                assert below - 1e-5 <= uniform <= running[token] + 1e-5
 
 
 def test_equal_seeds_draw_equal_replies_and_others_do_not(model):
@@ -421,3 +440,14 @@ def test_sampled_frequencies_follow_the_model(model):
     p = math.exp(float(logprob))
     ended = sum(d.turns[0].token_ids == [END] for d in dialogues)
     assert abs(ended / 600 - p) < 4 * math.sqrt(p * (1 - p) / 600) + 1e-3
+
+
+def test_the_world_is_asked_outside_of_inference_mode(model):
+    class Learning(ScriptedWorld):
+        def step(self, sessions, replies):
+            weight = torch.ones(1, requires_grad=True)
+            (weight * 2).backward()
+            assert weight.grad.item() == 2
+            return super().step(sessions, replies)
+
+    assert len(play(model, count=2, world=Learning(2))) == 2

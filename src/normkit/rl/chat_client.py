@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -22,14 +22,11 @@ from urllib.parse import urlsplit
 
 from normkit.errors import InputError, MissingDependencyError, NormkitError
 from normkit.files import write_json
-from normkit.rl.chat import ChatModel, Message, plain_text, without_reasoning
-from normkit.rl.chat_local import LocalChat
+from normkit.rl.chat import Message, plain_text, without_reasoning
 from normkit.rl.judge import Failed
 
 if TYPE_CHECKING:
     import httpx
-
-__all__ = ["ChatModel", "LocalChat", "Message", "OpenAIChat"]
 
 T = TypeVar("T")
 
@@ -160,8 +157,10 @@ class OpenAIChat:
         Raises:
             NormkitError: with what is wrong.
         """
-        body = self._body([{"role": "user", "content": "Answer with the word: ready"}])
-        answer = _run(self._send({"check": body}, keep=False))["check"]
+        # A run can wait for a server that is busy; who starts one should know soon.
+        probe = replace(self, cache_dir=None, retries=min(self.retries, 2))
+        body = probe._body([{"role": "user", "content": "Answer with the word: ready"}])
+        answer = _run(probe._send({"check": body}))["check"]
         if isinstance(answer, Failed):
             raise NormkitError(answer.reason)
 
@@ -180,8 +179,8 @@ class OpenAIChat:
         except (TypeError, ValueError) as error:
             raise InputError(f"the request cannot be written as JSON: {error}") from None
 
-    async def _send(self, work: Mapping[str, bytes], keep: bool = True) -> dict[str, str | Failed]:
-        """Send request bodies by key; return the answers by key, and keep them if told so."""
+    async def _send(self, work: Mapping[str, bytes]) -> dict[str, str | Failed]:
+        """Send request bodies by key; keep the answers, and return them by key."""
         import httpx
 
         host = urlsplit(self._endpoint).hostname
@@ -198,7 +197,7 @@ class OpenAIChat:
 
             async def answer(key: str, body: bytes) -> str | Failed:
                 found = await self._answer(client, batch, body)
-                if keep and self._cache is not None and isinstance(found, str):
+                if self._cache is not None and isinstance(found, str):
                     # At once, so that an interrupted call loses nothing that was answered.
                     self._cache.put(key, self.model, found)
                 return found
@@ -261,7 +260,7 @@ class OpenAIChat:
     def _text(self, response: httpx.Response) -> str:
         try:
             content = response.json()["choices"][0]["message"].get("content")
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise _TransientError(
                 f"{self._endpoint} answered with something other than a chat completion"
             ) from None
@@ -298,7 +297,7 @@ class OpenAIChat:
         code = ""
         try:
             error = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             error = response.text
         if isinstance(error, dict):
             error = error.get("error") or error.get("detail") or error.get("message") or ""

@@ -80,7 +80,7 @@ class RolloutConfig:
             )
 
 
-@dataclass
+@dataclass(eq=False)
 class _Live:
     """A dialogue in progress.
 
@@ -151,7 +151,6 @@ class Rollout:
         """
         self._copy.sync(model)
 
-    @torch.inference_mode()
     def run(
         self,
         environment: Environment[S],
@@ -194,7 +193,7 @@ class Rollout:
                     )
                     progress(done, done + left)
         finally:
-            self._decoder.release(range(len(dialogues)))
+            self._release(running)
         return dialogues
 
     def _start(
@@ -236,6 +235,7 @@ class Rollout:
         over = {live.slot for live in finished}
         return [live for live in running if live.slot not in over]
 
+    @torch.inference_mode()
     def _release(self, lives: Sequence[_Live]) -> None:
         self._decoder.release([live.slot for live in lives])
         for live in lives:
@@ -291,6 +291,7 @@ class Rollout:
 
     # ------------------------------------------------------------------ generation
 
+    @torch.inference_mode()
     def _generate(self, speaking: list[_Live]) -> None:
         """Sample one reply for every dialogue, its new tokens encoded first."""
         if not speaking:

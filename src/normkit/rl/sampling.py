@@ -52,8 +52,7 @@ def sample(
     scaled = logits.float() / temperature if temperature != 1.0 else logits.float()
     peak = scaled.amax(-1, keepdim=True)
     weights = (scaled - peak).exp_()
-    vocabulary = weights.shape[1]
-    blocks = F.pad(weights, (0, -vocabulary % _BLOCK)).view(len(weights), -1, _BLOCK)
+    blocks = _blocks(weights)
     sums = blocks.sum(-1, dtype=torch.float64)
     normalizer = peak[:, 0] + sums.sum(-1).log()
     if not torch.isfinite(normalizer).all():
@@ -63,7 +62,7 @@ def sample(
         )
     if banned is not None and len(banned):
         weights = weights.index_fill(1, banned, 0.0)
-        blocks = F.pad(weights, (0, -vocabulary % _BLOCK)).view(len(weights), -1, _BLOCK)
+        blocks = _blocks(weights)
         sums = blocks.sum(-1, dtype=torch.float64)
     uniform = torch.from_numpy(uniforms).to(logits.device)
     if greedy:
@@ -77,6 +76,13 @@ def sample(
         token = block * _BLOCK + within
     logprob = scaled.gather(1, token[:, None])[:, 0] - normalizer
     return token.tolist(), logprob.tolist()
+
+
+def _blocks(weights: Tensor) -> Tensor:
+    """Cut rows ``[B, V]`` into blocks ``[B, n, _BLOCK]``, the last one filled up with zeros."""
+    missing = -weights.shape[1] % _BLOCK
+    padded = F.pad(weights, (0, missing)) if missing else weights
+    return padded.view(len(weights), -1, _BLOCK)
 
 
 def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 
@@ -242,6 +241,7 @@ def test_a_failed_judgement_is_masked_and_counted():
     assert len(session.trajectory.turns) == 3
     score = env.score(session)
     assert (score["turns"], score["failed_judgements"]) == (4, 1)
+    assert score["score"] == env.score(play(world(), "good", "good", "good")[0])["score"]
     start, end = session.trajectory.initial_distance, session.trajectory.distance
     assert score["reward"] == pytest.approx(start - end)
 
@@ -434,9 +434,7 @@ def test_every_shipped_scenario_can_be_played():
         assert all(bool(s.message) == (s.end_reason is None) for s in steps)
     for session in sessions:
         assert session.turns[2].message in session.scenario.hurt
-        said = [turn.message for turn in session.turns]
-        assert len(set(said[:6])) == 6
-        assert all(a != b for a, b in itertools.pairwise(said))
+        assert len({turn.message for turn in session.turns}) == 12
 
 
 # ------------------------------------------------------------------ what is refused

@@ -305,12 +305,12 @@ def test_no_text_breaks_the_reader(text, json_lines):
 # ------------------------------------------------------------------ the shipped files
 
 
-@pytest.mark.parametrize(("split", "least", "each"), [("train", 24, 4), ("heldout", 12, 2)])
-def test_the_shipped_scenarios(split, least, each):
+@pytest.mark.parametrize(("split", "count", "each"), [("train", 48, 8), ("heldout", 24, 4)])
+def test_the_shipped_scenarios(split, count, each):
     shipped = builtin_scenarios(split)
-    assert len(shipped) >= least
+    assert len(shipped) == count
     for category in CATEGORIES:
-        assert sum(s.category == category for s in shipped) >= each
+        assert sum(s.category == category for s in shipped) == each
 
 
 def test_the_shipped_splits_share_nothing():

@@ -99,7 +99,8 @@ class EmpathySession:
         scenario: who the person is and what happened.
         seed: of the simulated user.
         system: system prompt of the policy.
-        trajectory: the person's state, moved by every valid verdict.
+        trajectory: the person's state, moved by every valid verdict. Turns without one are not in
+            it, so that they count neither for nor against the dialogue.
         turns: the exchanges so far.
         said: what the person said last; empty once the dialogue is over.
         ended: why it is over; None while it goes on.

@@ -359,7 +359,7 @@ class EPMQ:
         etot: total work, ``100 max(0, E) / (1.2 r_0)``.
         snet: net rubric levels S, ``100 max(0, S) / (1.5 r_0)``.
         rho: work per turn, ``100 max(0, E / T) / 2.5``.
-        sproj: mean work per point, ``100 max(0, E / n) / 2.5``.
+        sproj: mean work per point, ``100 max(0, sum dE / n) / 2.5``.
         tau: directness, ``max(0, 100 (3 - path / displacement) / 2)``.
         rpos: share of points with positive work.
         align: mean alignment, ``50 (mean + 1)``.
@@ -451,7 +451,7 @@ def epm_q_case(trajectory: Trajectory, include_initial: bool = True) -> EPMQ:
         etot=100 * work / (1.2 * scale),
         snet=100 * max(0, net) / (1.5 * scale),
         rho=100 * work / max(1, trajectory.length) / 2.5,
-        sproj=100 * work / points / 2.5,
+        sproj=100 * max(0.0, sum(turn.work for turn in turns)) / points / 2.5,
         tau=max(0.0, 100 * (3 - max(1.0, tortuosity)) / 2),
         rpos=100 * sum(turn.work > 0 for turn in turns) / points,
         align=50 * (sum(turn.alignment for turn in turns) / points + 1),
