@@ -1,7 +1,8 @@
-"""The command line: ``normkit list | run | verify | report | advantages``."""
+"""The command line: one visible table of commands."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -175,11 +176,14 @@ def report(arguments: Sequence[str]) -> None:
         print(json.dumps(read_json(folder, "results.json"), indent=2) if options.json else page)
 
 
-def advantages(arguments: Sequence[str]) -> None:
-    """Show what each turn of judged dialogues on disk would be credited with."""
-    from normkit.report.credit import main
+def _elsewhere(module: str, purpose: str) -> Callable[[Sequence[str]], None]:
+    """Return the command of ``normkit.commands.<module>``, loaded when it is called."""
 
-    main(arguments)
+    def command(arguments: Sequence[str]) -> None:
+        importlib.import_module(f"normkit.commands.{module}").main(arguments)
+
+    command.__doc__ = purpose
+    return command
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -187,7 +191,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": run,
     "verify": verify,
     "report": report,
-    "advantages": advantages,
+    "advantages": _elsewhere(
+        "advantages", "Show what each turn of judged dialogues on disk would be credited with."
+    ),
 }
 
 
