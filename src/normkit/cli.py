@@ -16,6 +16,7 @@ from rich.table import Table
 
 from normkit import __version__, recipes
 from normkit.errors import InputError, NormkitError
+from normkit.files import finite, write_json
 from normkit.recipes.base import Claim, Finding, System
 from normkit.runs import latest_run_folder, new_run_folder, read_json
 
@@ -40,11 +41,13 @@ class VerifyOptions:
     Attributes:
         system: the system to check; all built ones if not given.
         measured: also run the measured claims, which take minutes.
+        save: folder to write ``<system>.json`` to, with every figure behind the verdicts.
         json: print JSON instead of a table.
     """
 
     system: Annotated[str, tyro.conf.Positional] = ""
     measured: bool = False
+    save: Path | None = None
     json: bool = False
 
 
@@ -129,21 +132,13 @@ def verify(arguments: Sequence[str]) -> None:
             if claim.kind in kinds:
                 with console.status(f"{system.slug}: {claim.name}"):
                     found.append((system.slug, claim, claim.check()))
+    rows = [_finding_row(*line) for line in found]
+    if options.save is not None:
+        for name in dict.fromkeys(row["system"] for row in rows):
+            mine = [row for row in rows if row["system"] == name]
+            write_json(options.save / f"{name}.json", mine)
     if options.json:
-        rows = [
-            {
-                "system": slug,
-                "claim": claim.name,
-                "statement": claim.statement,
-                "kind": claim.kind,
-                "published": claim.published,
-                "measured": finding.measured,
-                "verdict": finding.verdict,
-                "details": dict(finding.details),
-            }
-            for slug, claim, finding in found
-        ]
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(finite(rows), indent=2))
     else:
         table = Table("system", "claim", "kind", "published", "measured", "verdict")
         for slug, claim, finding in found:
@@ -155,6 +150,19 @@ def verify(arguments: Sequence[str]) -> None:
     broken = [c.name for _, c, f in found if c.kind != "measured" and f.verdict != "holds"]
     if broken:
         raise NormkitError(f"claims that must hold do not: {', '.join(broken)}")
+
+
+def _finding_row(slug: str, claim: Claim, finding: Finding) -> dict[str, Any]:
+    return {
+        "system": slug,
+        "claim": claim.name,
+        "statement": claim.statement,
+        "kind": claim.kind,
+        "published": claim.published,
+        "measured": finding.measured,
+        "verdict": finding.verdict,
+        "details": dict(finding.details),
+    }
 
 
 def report(arguments: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """One recipe per published system, and the visible list of all 33.
 
-A system is *built* when its module exists here; modules are loaded when they are asked for. A module
-whose name begins with an underscore is part of the recipe it is named after.
+A system is *built* when its module exists here; modules are loaded when they are asked for.
+A module whose name begins with an underscore is part of the recipe it is named after.
 """
 
 from __future__ import annotations
