@@ -68,6 +68,13 @@ def test_exact_and_structural_claims_hold(entry, capsys):
     assert {r["verdict"] for r in rows} == {"holds"}
 
 
+def test_verify_keeps_its_findings(tmp_path, capsys):
+    assert main(["verify", "mapo", "--json", "--save", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "mapo.json").read_text())
+    assert saved == json.loads(capsys.readouterr().out)
+    assert [row["claim"] for row in saved][0] == "worked-numbers"
+
+
 def test_importing_normkit_needs_no_extra():
     extras = ("transformers", "accelerate", "peft", "httpx", "yaml", "matplotlib", "sklearn")
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in extras)

@@ -9,6 +9,12 @@ import torch
 
 from normkit.recipes.base import Claim, Finding
 from normkit.rl.advantage import ESTIMATORS, estimate, get_estimator
+from normkit.rl.environment import Reply
+from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
+from normkit.rl.environments.epm import EPMConfig
+from normkit.rl.environments.scenario import builtin_scenarios
+from normkit.rl.judge import Failed, JudgeRequest
+from normkit.rl.rubric import Progress
 
 _CARD = ([1.0, 0, 2, 3, -1, 1], [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
 
@@ -61,12 +67,42 @@ def _turn_shift() -> Finding:
 
 
 def _no_critic() -> Finding:
-    critics = [e.name for e in ESTIMATORS.values() if "value" in e.needs]
     needs = get_estimator("mapo").needs
+    others = [e.name for e in ESTIMATORS.values() if e.needs]
     return Finding(
-        "holds" if not needs else "contradicted",
-        "0 value parameters, judge calls = dialogues x turns",
-        {"estimators_with_a_critic": critics},
+        "contradicted" if needs else "holds",
+        f"{len(needs)} inputs from a value network",
+        {"needs": list(needs), "estimators_with_a_critic": others},
+    )
+
+
+class _Counting:
+    """A judge that finds nothing and counts what it is asked."""
+
+    name = "counting"
+    asked = 0
+
+    def judge(self, requests: Sequence[JudgeRequest]) -> list[Progress | Failed]:
+        self.asked += len(requests)
+        return [Progress() for _ in requests]
+
+
+def _judge_calls() -> Finding:
+    group_size, turns = 4, 5
+    judge = _Counting()
+    environment = EmpathyEnvironment(
+        builtin_scenarios("train")[:1], [], judge, config=EmpathyConfig(EPMConfig(max_turns=turns))
+    )
+    task = environment.tasks("train")[0]
+    sessions = [environment.start(task, seed) for seed in range(group_size)]
+    for _ in range(turns):
+        environment.step(sessions, [Reply("I hear you.")] * group_size)
+    branching = sum(group_size**t for t in range(1, turns + 1))
+    return Finding(
+        "holds" if judge.asked == group_size * turns else "contradicted",
+        f"{judge.asked} judgements for {group_size} dialogues of {turns} turns "
+        f"(branching at every turn: {branching})",
+        {"judgements": judge.asked, "dialogues": group_size, "turns": turns},
     )
 
 
@@ -101,5 +137,12 @@ CLAIMS: list[Claim] = [
     ),
     Claim(
         "no-critic", "no value network is trained", "0 extra parameters", "structural", _no_critic
+    ),
+    Claim(
+        "judge-calls",
+        "one judgement a turn and one rollout a dialogue, as for GRPO",
+        "turns x G, not G^turns",
+        "structural",
+        _judge_calls,
     ),
 ]
