@@ -72,7 +72,7 @@ def test_verify_keeps_its_findings(tmp_path, capsys):
     assert main(["verify", "mapo", "--json", "--save", str(tmp_path)]) == 0
     saved = json.loads((tmp_path / "mapo.json").read_text())
     assert saved == json.loads(capsys.readouterr().out)
-    assert [row["claim"] for row in saved][0] == "worked-numbers"
+    assert saved[0]["claim"] == "worked-numbers"
 
 
 def test_importing_normkit_needs_no_extra():
