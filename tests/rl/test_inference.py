@@ -8,6 +8,7 @@ import logging
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from normkit.errors import InputError
@@ -16,6 +17,7 @@ from normkit.rl.inference import (
     InferenceCopy,
     RaggedDecoder,
     ReencodingDecoder,
+    cache_name,
     make_decoder,
     unwrap,
 )
@@ -23,6 +25,7 @@ from tests.rl.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 IDS = torch.tensor([[5, 9, 200, 31, 7]])
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 @pytest.fixture
@@ -168,14 +171,14 @@ def full(model, row):
         return model(input_ids=torch.tensor([row])).logits[0, -1]
 
 
-@pytest.mark.parametrize("kind", ["ragged", "reencoding"])
+@pytest.mark.parametrize("kind", ["ragged", "masked", "none"])
 def test_decoders_extend_copy_and_release_rows(model, kind):
     twin = InferenceCopy(model, torch.float32).model
     if kind == "ragged":
         twin.set_attn_implementation("normkit_ragged")
         decoder = RaggedDecoder(twin, max_tokens=7)
     else:
-        decoder = ReencodingDecoder(twin)
+        decoder = ReencodingDecoder(twin, kind)
     rows = {}
 
     def extend(slots, tokens):
@@ -206,8 +209,9 @@ def test_an_unknown_architecture_is_noticed_and_named(model, caplog):
     class Odd(type(model.model.layers[0].self_attn)):
         """Attention that goes its own way: what the registry offers is not asked."""
 
-        def forward(self, hidden_states, past_key_values=None, **kwargs):
-            return super().forward(hidden_states.flip(-1).cumsum(1), past_key_values=None, **kwargs)
+        def forward(self, hidden_states, **kwargs):
+            kept = {k: None if k in CACHE_NAMES else v for k, v in kwargs.items()}
+            return super().forward(hidden_states.flip(-1).cumsum(1), **kept)
 
     odd = copy.deepcopy(model)
     odd.model.layers[1].self_attn.__class__ = Odd
@@ -217,3 +221,47 @@ def test_an_unknown_architecture_is_noticed_and_named(model, caplog):
     assert "encoded anew each turn" in caplog.text
     assert "LlamaForCausalLM" in caplog.text
     assert isinstance(make_decoder(InferenceCopy(model, torch.float32), 100), RaggedDecoder)
+
+
+def test_the_cache_of_a_recurrent_state_is_carried_without_a_mask():
+    config = transformers.MambaConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, state_size=4
+    )
+    torch.manual_seed(0)
+    recurrent = transformers.MambaForCausalLM(config).eval()
+    decoder = make_decoder(InferenceCopy(recurrent, torch.float32), 100)
+    assert isinstance(decoder, ReencodingDecoder)
+    assert decoder.carry in ("bare", "none")  # "none" where transformers wants more than a cache
+    rows = [[], []]
+    with torch.inference_mode():
+        for new in ([[3, 1, 4, 1, 5], [9, 2]], [[7], [8]], [[6], [5]], [[1, 2], [3]], [[4], [4]]):
+            rows = [a + b for a, b in zip(rows, new, strict=True)]
+            expected = torch.stack([full(recurrent, row) for row in rows])
+            torch.testing.assert_close(decoder.extend([0, 1], new), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_cache_goes_by_the_name_that_the_model_knows(model):
+    class Renamed(nn.Module):
+        def forward(self, input_ids, cache_params=None):
+            return input_ids
+
+    assert cache_name(model) in CACHE_NAMES
+    assert cache_name(Renamed()) == "cache_params"
+    assert cache_name(nn.Identity()) == "past_key_values"
+
+
+def test_a_model_that_looks_ahead_is_refused(model):
+    class Ahead(nn.Module):
+        """Adds to every position what the row's last token is, as no causal model does."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden_states, **kwargs):
+            return self.inner(hidden_states, **kwargs) + hidden_states[:, -1:]
+
+    ahead = copy.deepcopy(model)
+    ahead.model.layers[0].mlp = Ahead(ahead.model.layers[0].mlp)
+    with pytest.raises(InputError, match="LlamaForCausalLM does not generate as a causal"):
+        make_decoder(InferenceCopy(ahead, torch.float32), 100)

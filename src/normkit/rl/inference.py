@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -242,6 +243,7 @@ class RaggedDecoder:
         self.max_tokens = max_tokens
         self.device = next(model.parameters()).device
         self._cache = RaggedCache(self.device)
+        self._cache_name = cache_name(model)
         self._order: list[int] = []
 
     def extend(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -273,9 +275,9 @@ class RaggedDecoder:
             output = self.model(
                 input_ids=flat[None],
                 position_ids=step.positions[None],
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=step.last,
+                **{self._cache_name: self._cache},
             )
         logits: Tensor = output.logits[0]
         return logits
@@ -312,40 +314,33 @@ class ReencodingDecoder:
 
     Args:
         model: an inference copy with its own attention.
+        carry: how the model's own cache takes rows on by one token: with the mask of their padding
+            ("masked": attention), without ("bare": recurrent states), or not at all ("none"; every
+            token is then encoded anew, which is right for whatever is causal).
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, carry: Literal["masked", "bare", "none"] = "masked") -> None:
         self.model = model
+        self.carry = carry
         self.device = next(model.parameters()).device
         self._rows: dict[int, list[int]] = {}
         self._running: list[int] = []
-        self._past: Any = None
+        self._cache: Any = None
         self._mask = torch.empty(0)
 
     def extend(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """See :meth:`Decoder.extend`."""
         slots = list(slots)
-        one_each = all(len(new) == 1 for new in tokens)
-        going_on = self._past is not None and one_each and slots == self._running
         for slot, new in zip(slots, tokens, strict=True):
             self._rows.setdefault(slot, []).extend(new)
-        if going_on:
-            ids = torch.tensor([list(new) for new in tokens], device=self.device)
-            self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], 1)
-        else:
-            rows = [self._rows[slot] for slot in slots]
-            longest = max(map(len, rows))
-            ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=self.device)
-            self._mask = torch.tensor(
-                [[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=self.device
-            )
-            self._past = None
-        positions = (self._mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        arguments = {"attention_mask": self._mask, "position_ids": positions}
-        output = self._call(ids, arguments)
-        self._past, self._running = getattr(output, "past_key_values", None), slots
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        rows = [self._rows[slot] for slot in slots]
+        one_each = all(len(new) == 1 for new in tokens)
+        if self.carry == "none":
+            return self._encode_whole(rows)
+        if self._cache is not None and one_each and slots == self._running:
+            return self._go_on([row[-1] for row in rows])
+        self._running = slots
+        return self._begin(rows)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :meth:`Decoder.copy`."""
@@ -356,54 +351,127 @@ class ReencodingDecoder:
         """See :meth:`Decoder.release`."""
         for slot in slots:
             self._rows.pop(slot, None)
-        self._past = None
+        self._cache = None
 
-    def _call(self, ids: Tensor, arguments: dict[str, Tensor]) -> Any:
-        return self.model(input_ids=ids, past_key_values=self._past, use_cache=True, **arguments)
+    def _begin(self, rows: Sequence[list[int]]) -> Tensor:
+        """Encode rows side by side, padded on the left so that all end together."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=self.device)
+        self._mask = torch.tensor(
+            [[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=self.device
+        )
+        self._cache = None
+        return self._call(ids, attention_mask=self._mask)
+
+    def _go_on(self, tokens: list[int]) -> Tensor:
+        self._mask = F.pad(self._mask, (0, 1), value=1)
+        masks = {"attention_mask": self._mask} if self.carry == "masked" else {}
+        return self._call(torch.tensor(tokens, device=self.device)[:, None], **masks)
+
+    def _call(self, ids: Tensor, **masks: Tensor) -> Tensor:
+        positions = (self._mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        name = cache_name(self.model)
+        output = self.model(
+            input_ids=ids, position_ids=positions, use_cache=True, **{name: self._cache}, **masks
+        )
+        self._cache = getattr(output, name)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _encode_whole(self, rows: Sequence[list[int]]) -> Tensor:
+        """Encode rows padded on the right, where a causal model cannot look."""
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
+        logits = self.model(input_ids=padded.to(self.device), use_cache=False).logits
+        last: Tensor = logits[range(len(rows)), [len(r) - 1 for r in rows]]
+        return last
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model's ``forward`` calls the cache that it is given and gives back.
+
+    transformers renamed ``past_key_values`` (and ``cache_params`` of recurrent models) to ``cache``
+    in 5.24.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    names = ("cache", "past_key_values", "cache_params")
+    return next((name for name in names if name in accepted), "past_key_values")
 
 
 @torch.inference_mode()
 def make_decoder(copy_of: InferenceCopy, max_tokens: int) -> Decoder:
-    """Return the fast decoder if it computes what the model computes, else the general one.
+    """Return the fastest decoder that computes what the model computes.
 
-    Both are run on a few tokens; an architecture that the fast one does not fit (recurrent state,
-    attention of its own making) is found out by its logits.
+    Each is run on a few tokens and judged by its logits, so that an architecture which does not fit
+    (recurrent state, attention of its own making), or a change in transformers, is found out here.
 
     Args:
         copy_of: the inference copy; its attention implementation may be changed.
         max_tokens: see :class:`RaggedDecoder`.
+
+    Raises:
+        InputError: when no decoder reproduces the model, which then is not causal, or when the
+            model's logits are not finite.
     """
     model = copy_of.model
-    size = int(model.get_input_embeddings().num_embeddings)
-    rows = [[(7 * i + 3) % size for i in range(n)] for n in (5, 3)]
-    turns = [[[11 % size], [5 % size, 2 % size]], [[4 % size], [9 % size]]]
-    expected = []
-    for turn in turns:
-        rows = [row + new for row, new in zip(rows, turn, strict=True)]
-        expected += [_plain_logits(model, row) for row in rows]
+    probe = _Probe(model)
     original = model.config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION)
-        decoder = RaggedDecoder(model, max_tokens)
-        decoder.extend([0, 1], [rows[0][:5], rows[1][:3]])
-        found = [logits for turn in turns for logits in decoder.extend([0, 1], turn)]
-        decoder.release([0, 1])
-        error = max(
-            float((a.float() - b.float()).abs().max() / b.float().std().clamp_min(1e-12))
-            for a, b in zip(found, expected, strict=True)
-        )
-        reason = f"its logits differ by {error:.2g} standard deviations"
-        if error < (1e-2 if found[0].dtype == torch.float32 else 0.25):
-            return RaggedDecoder(model, max_tokens)
+        reason = probe.objection(RaggedDecoder(model, max_tokens))
     except Exception as failure:  # whatever an unknown architecture trips over
-        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else repr(failure)
+        reason = _first_line(failure)
+    if reason is None:
+        return RaggedDecoder(model, max_tokens)
+    model.set_attn_implementation(original)
     _log.warning(
         "%s does not work with the shared KV cache (%s); dialogues are encoded anew each turn",
         type(model).__name__,
         reason,
     )
-    model.set_attn_implementation(original)
-    return ReencodingDecoder(model)
+    for carry in ("masked", "bare", "none"):
+        try:
+            reason = probe.objection(ReencodingDecoder(model, carry))
+        except Exception as failure:
+            reason = _first_line(failure)
+        if reason is None:
+            return ReencodingDecoder(model, carry)
+    raise InputError(
+        f"model: {type(model).__name__} does not generate as a causal language model: {reason}"
+    )
+
+
+class _Probe:
+    """Two short rows that grow, and the logits that the plain model gives after each."""
+
+    def __init__(self, model: Any) -> None:
+        size = int(model.get_input_embeddings().num_embeddings)
+        self._rows = [[(7 * i + 3) % size for i in range(n)] for n in (5, 3)]
+        self._turns = [
+            [[token % size for token in new] for new in turn]
+            for turn in ([[11], [5, 2]], [[4], [9]], [[8], [6]])
+        ]
+        self._expected = []
+        rows = self._rows
+        for turn in self._turns:
+            rows = [row + new for row, new in zip(rows, turn, strict=True)]
+            self._expected += [_plain_logits(model, row) for row in rows]
+
+    def objection(self, decoder: Decoder) -> str | None:
+        """Say how the decoder's logits differ from the plain model's; None where they do not."""
+        decoder.extend([0, 1], self._rows)
+        found = [logits for turn in self._turns for logits in decoder.extend([0, 1], turn)]
+        decoder.release([0, 1])
+        error = max(
+            float((a.float() - b.float()).abs().max() / b.float().std().clamp_min(1e-12))
+            for a, b in zip(found, self._expected, strict=True)
+        )
+        near = error < (1e-2 if found[0].dtype == torch.float32 else 0.25)
+        return None if near else f"its logits differ by {error:.2g} standard deviations"
+
+
+def _first_line(failure: Exception) -> str:
+    text = str(failure).strip()
+    return text.splitlines()[0] if text else repr(failure)
 
 
 def _plain_logits(model: Any, row: list[int]) -> Tensor:
