@@ -1,1 +1,5 @@
 """Contract checkers that users run on their own classes."""
+
+from normkit.testing.layers import LAYER_CHECKS, LayerCase, check_layer
+
+__all__ = ["LAYER_CHECKS", "LayerCase", "check_layer"]

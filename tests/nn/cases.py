@@ -1,0 +1,34 @@
+"""The layers whose contract is checked, one line each; a new layer joins by its line."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from normkit import nn
+from normkit.testing import LayerCase
+
+
+def tokens(*size: int):
+    """Make inputs ``[B, *size]``."""
+    return lambda n: torch.randn(n, *size)
+
+
+def pair(*size: int):
+    """Make two inputs ``[B, *size]``: x and a residual."""
+    return lambda n: (torch.randn(n, *size), torch.randn(n, *size))
+
+
+CASES = [
+    LayerCase("LayerNorm", partial(nn.LayerNorm, 6), tokens(4, 6)),
+    LayerCase("LayerNorm-residual", partial(nn.LayerNorm, 6), pair(4, 6)),
+    LayerCase("LayerNorm-no-bias", partial(nn.LayerNorm, 6, bias=False), tokens(6)),
+    LayerCase("LayerNorm-zero-centered", partial(nn.LayerNorm, 6, zero_centered=True), tokens(6)),
+    LayerCase("RMSNorm", partial(nn.RMSNorm, 6), tokens(4, 6)),
+    LayerCase("RMSNorm-residual", partial(nn.RMSNorm, 6, eps=1e-5), pair(4, 6)),
+    LayerCase("RMSNorm-2d-bias", partial(nn.RMSNorm, (2, 3), bias=True), tokens(2, 3)),
+    LayerCase("RMSNorm-no-affine", partial(nn.RMSNorm, 6, elementwise_affine=False), tokens(6)),
+    LayerCase("RMSNorm-zero-centered", partial(nn.RMSNorm, 6, zero_centered=True), tokens(6)),
+    LayerCase("CRMSNorm", partial(nn.CRMSNorm, 5), tokens(4, 5)),
+]
