@@ -21,7 +21,8 @@ Shapes: ``*`` any dimensions of ``x``; N rows of a ragged batch; S segments; D t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -76,42 +77,7 @@ def moments(
     Raises:
         InputError: for integer ``x``, an unknown ``kind``, a bad ``dim``, ``mask`` or ``ddof``.
     """
-    dims = _check(x, dim, mask, kind, ddof)
-    x = _accumulable(x)
-    if mask is None:
-        size = 1
-        for d in dims:
-            size *= x.shape[d]
-        count = x.new_full([1 if d in dims else n for d, n in enumerate(x.shape)], float(size))
-        if size == 0:
-            return Moments(torch.zeros_like(count), torch.zeros_like(count), count)
-        kept = x
-    else:
-        mask = mask.expand(x.shape)
-        count = mask.to(x.dtype).sum(dims, keepdim=True)
-        # A masked NaN must reach neither the sum nor, as 0 * NaN, the gradient.
-        kept = x.masked_fill(~mask, 0)
-    divisor = count.clamp(min=1)
-
-    if kind not in _CENTERED:
-        power = kept.square().sum(dims, keepdim=True) / divisor
-        scale = power if kind == "quadratic" else _sqrt(power)
-        return Moments(torch.zeros_like(power), scale, count)
-
-    with torch.no_grad():
-        reference = _reference(x, dims, mask)
-    deviation = kept - reference
-    if mask is not None:
-        deviation = deviation.masked_fill(~mask, 0)
-    shift = deviation.sum(dims, keepdim=True) / divisor
-    deviation = deviation - shift
-    if mask is not None:
-        deviation = deviation.masked_fill(~mask, 0)
-    center = reference + shift
-    if kind == "l1":
-        return Moments(center, deviation.abs().sum(dims, keepdim=True) / divisor, count)
-    spread = deviation.square().sum(dims, keepdim=True)
-    return Moments(center, _deviation(spread, count, ddof), count)
+    return _dense(x, dim, mask, kind, ddof)[1]
 
 
 def normalize(
@@ -139,15 +105,10 @@ def normalize(
     Raises:
         InputError: as :func:`moments`.
     """
-    center, scale, _ = moments(x, dim, mask, kind, ddof)
-    if kind == "quadratic":
-        scale = _sqrt(scale)
-    values = _accumulable(x)
-    if mask is not None:
-        values = values.masked_fill(~mask.expand(x.shape), 0)
-    out = (values - center) / (scale + eps)
-    if mask is not None:
-        out = out.masked_fill(~mask.expand(x.shape), 0)
+    deviation, (_, scale, _) = _dense(x, dim, mask, kind, ddof)
+    out = deviation / _divisor(scale, kind, eps)
+    if mask is not None:  # a NaN in the group has made them NaN
+        out = out.masked_fill(~mask, 0)
     return out.to(x.dtype)
 
 
@@ -179,47 +140,7 @@ def segment_moments(
         InputError: for integer ``x``, an unknown ``kind``, ids or a mask of another length, a
             negative ``num_segments`` or ``ddof``.
     """
-    _check_segments(x, segment_ids, num_segments, mask, kind, ddof)
-    x = _accumulable(x)
-    tail = (1,) * (x.dim() - 1)
-    ids = segment_ids.reshape(-1, *tail).expand(x.shape)
-
-    def total(values: Tensor) -> Tensor:
-        empty = values.new_zeros((num_segments, *values.shape[1:]))
-        return empty.scatter_add(0, ids, values)
-
-    if mask is None:
-        member = None
-        ones = x.new_ones(x.shape[0])
-    else:
-        member = mask.reshape(-1, *tail).expand(x.shape)
-        x = x.masked_fill(~member, 0)
-        ones = mask.to(x.dtype)
-    count = x.new_zeros(num_segments).scatter_add(0, segment_ids, ones).reshape(-1, *tail)
-    divisor = count.clamp(min=1)
-
-    if kind not in _CENTERED:
-        power = total(x.square()) / divisor
-        scale = power if kind == "quadratic" else _sqrt(power)
-        return Moments(torch.zeros_like(power), scale, count)
-
-    with torch.no_grad():
-        lowest = x if member is None else x.masked_fill(~member, -torch.inf)
-        reference = x.new_full((num_segments, *x.shape[1:]), -torch.inf)
-        reference = reference.scatter_reduce(0, ids, lowest, "amax", include_self=True)
-        # Empty segments keep -inf, and an infinite member would turn every deviation into NaN.
-        reference = torch.where(torch.isinf(reference), 0, reference)
-    deviation = x - reference.gather(0, ids)
-    if member is not None:
-        deviation = deviation.masked_fill(~member, 0)
-    shift = total(deviation) / divisor
-    deviation = deviation - shift.gather(0, ids)
-    if member is not None:
-        deviation = deviation.masked_fill(~member, 0)
-    center = reference + shift
-    if kind == "l1":
-        return Moments(center, total(deviation.abs()) / divisor, count)
-    return Moments(center, _deviation(total(deviation.square()), count, ddof), count)
+    return _ragged(x, segment_ids, num_segments, mask, kind, ddof)[1]
 
 
 def segment_normalize(
@@ -249,20 +170,124 @@ def segment_normalize(
     Raises:
         InputError: as :func:`segment_moments`.
     """
-    center, scale, _ = segment_moments(x, segment_ids, num_segments, mask, kind, ddof)
-    if kind == "quadratic":
-        scale = _sqrt(scale)
-    tail = (1,) * (x.dim() - 1)
-    ids = segment_ids.reshape(-1, *tail).expand(x.shape)
-    values = _accumulable(x)
-    if mask is None:
-        out = (values - center.gather(0, ids)) / (scale.gather(0, ids) + eps)
-    else:
-        outside = ~mask.reshape(-1, *tail).expand(x.shape)
-        values = values.masked_fill(outside, 0)
-        out = (values - center.gather(0, ids)) / (scale.gather(0, ids) + eps)
-        out = out.masked_fill(outside, 0)
+    deviation, (_, scale, _) = _ragged(x, segment_ids, num_segments, mask, kind, ddof)
+    out = deviation / _divisor(scale, kind, eps).index_select(0, segment_ids)
+    if mask is not None:
+        out = out.masked_fill(~_rowwise(mask, x), 0)
     return out.to(x.dtype)
+
+
+def _dense(
+    x: Tensor, dim: int | Sequence[int], mask: Tensor | None, kind: str, ddof: int
+) -> tuple[Tensor, Moments]:
+    dims = _check(x, dim, mask, kind, ddof)
+    x = _accumulable(x)
+    if mask is None:
+        size = math.prod(x.shape[d] for d in dims)
+        count = x.new_full([1 if d in dims else n for d, n in enumerate(x.shape)], float(size))
+        if size == 0:
+            return x, Moments(torch.zeros_like(count), torch.zeros_like(count), count)
+    else:
+        count = mask.expand(x.shape).sum(dims, keepdim=True).to(x.dtype)
+
+    def member() -> Tensor:
+        if mask is not None:
+            return x.masked_fill(~mask, -torch.inf).amax(dims, keepdim=True)
+        first = x
+        for d in dims:
+            first = first.narrow(d, 0, 1)
+        return first
+
+    def total(values: Tensor) -> Tensor:
+        return values.sum(dims, keepdim=True)
+
+    return _statistics(x, mask, kind, ddof, count, member, total, lambda group: group)
+
+
+def _ragged(
+    x: Tensor, segment_ids: Tensor, num_segments: int, mask: Tensor | None, kind: str, ddof: int
+) -> tuple[Tensor, Moments]:
+    _check_segments(x, segment_ids, num_segments, mask, kind, ddof)
+    x = _accumulable(x)
+    ids = _rowwise(segment_ids, x).expand(x.shape)
+    shape = (num_segments, *x.shape[1:])
+    # Counted as integers: float32 counts no further than 2^24.
+    ones = torch.ones_like(segment_ids) if mask is None else mask.long()
+    counted = ones.new_zeros(num_segments).scatter_add(0, segment_ids, ones)
+    count = _rowwise(counted, x).to(x.dtype)
+    inside = None if mask is None else _rowwise(mask, x)
+
+    def member() -> Tensor:
+        values = x if inside is None else x.masked_fill(~inside, -torch.inf)
+        return x.new_full(shape, -torch.inf).scatter_reduce(0, ids, values, "amax")
+
+    def total(values: Tensor) -> Tensor:
+        return values.new_zeros(shape).scatter_add(0, ids, values)
+
+    def spread(group: Tensor) -> Tensor:
+        return group.index_select(0, segment_ids)
+
+    return _statistics(x, inside, kind, ddof, count, member, total, spread)
+
+
+def _statistics(
+    x: Tensor,
+    mask: Tensor | None,
+    kind: str,
+    ddof: int,
+    count: Tensor,
+    member: Callable[[], Tensor],
+    total: Callable[[Tensor], Tensor],
+    spread: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Moments]:
+    """Deviations from the centers, zero where masked, and the moments.
+
+    Args:
+        x: values.
+        mask: broadcastable to ``x``.
+        kind: which statistic.
+        ddof: subtracted from the count.
+        count: members per group.
+        member: returns one member of each group, or an infinity where there is none.
+        total: sums values by group.
+        spread: gives every value the number of its group.
+    """
+
+    def kept(values: Tensor) -> Tensor:
+        # Filled, not multiplied: a masked NaN must reach neither the sums nor the gradient.
+        return values if mask is None else values.masked_fill(~mask, 0)
+
+    divisor = count.clamp(min=1)
+    if kind not in _CENTERED:
+        x = kept(x)
+        power = total(x.square()) / divisor
+        scale = power if kind == "quadratic" else _sqrt(power)
+        return x, Moments(torch.zeros_like(power), scale, count)
+    with torch.no_grad():
+        reference = member()
+        # An infinite member would turn every deviation of its group into NaN.
+        reference = torch.where(torch.isinf(reference), 0, reference)
+    deviation = kept(x - spread(reference))
+    shift = total(deviation) / divisor
+    deviation = kept(deviation - spread(shift))
+    if kind == "l1":
+        scale = total(deviation.abs()) / divisor
+    else:
+        enough = count > ddof
+        variance = total(deviation.square()) / torch.where(enough, count - ddof, 1)
+        scale = _sqrt(torch.where(enough, variance, 0))
+    return deviation, Moments(reference + shift, scale, count)
+
+
+def _divisor(scale: Tensor, kind: str, eps: float) -> Tensor:
+    """What deviations are divided by; one instead of zero, so that 0 / 0 is 0."""
+    divisor = (_sqrt(scale) if kind == "quadratic" else scale) + eps
+    return torch.where(divisor == 0, 1, divisor)
+
+
+def _rowwise(rows: Tensor, x: Tensor) -> Tensor:
+    """Give ``[N]`` a dimension of size one for each trailing dimension of ``x``."""
+    return rows.reshape(-1, *(1,) * (x.dim() - 1))
 
 
 def _accumulable(x: Tensor) -> Tensor:
@@ -275,23 +300,6 @@ def _sqrt(power: Tensor) -> Tensor:
     return torch.where(
         positive, torch.where(positive, power, 1).sqrt(), torch.where(torch.isnan(power), power, 0)
     )
-
-
-def _deviation(spread: Tensor, count: Tensor, ddof: int) -> Tensor:
-    enough = count > ddof
-    variance = spread / torch.where(enough, count - ddof, 1)
-    return _sqrt(torch.where(enough, variance, 0))
-
-
-def _reference(x: Tensor, dims: tuple[int, ...], mask: Tensor | None) -> Tensor:
-    """Return one finite member of each group (zero where there is none)."""
-    if mask is None:
-        reference = x
-        for d in dims:
-            reference = reference.narrow(d, 0, 1)
-    else:
-        reference = x.masked_fill(~mask, -torch.inf).amax(dims, keepdim=True)
-    return torch.where(torch.isfinite(reference), reference, 0)
 
 
 def _check(
