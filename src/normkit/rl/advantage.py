@@ -1,128 +1,58 @@
 r"""Advantage estimators: what each turn of a dialogue is credited with.
 
-Every estimator is a pure function of flat tensors with one row per turn,
-``(reward, dialogue, turn, group) -> advantage``, registered by name in :data:`ESTIMATORS`. The
-trainer and the integrations all call :func:`estimate`.
+An estimator is a pure function of flat tensors with one row per turn,
+``(reward, dialogue, turn, group, mask) -> advantage``, registered by name in :data:`ESTIMATORS`.
+The trainer and the integrations all call :func:`estimate`. What all of them keep to, and
+:func:`normkit.testing.check_advantage` checks of any:
 
-Shared conventions, tested for every estimator:
+- a masked row is as if it were not there; it gets 0;
+- a row whose reward is not finite happened but was not judged: it stays out of all statistics and
+  gets 0, and for the returns of earlier turns it counts as the mean of its dialogue;
+- a group of one and a constant group get 0, never NaN (estimators that compare nothing,
+  "reinforce" and an unwhitened "ppo", excepted);
+- dialogues may end at different turns; the order of rows does not matter;
+- agents, where given, share nothing: each is credited as if the others' rows were not there.
 
-- a row whose reward is masked or not finite gets advantage 0 and stays out of all statistics; for
-  returns its reward is imputed by the mean of its dialogue, so that later credit passes through;
-- a group of one and a constant group get 0, never NaN;
-- dialogues may end at different turns; order of rows does not matter.
-
-Shapes: N turns.
+Shapes: N turns (flat rows); D dialogues.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normkit.errors import InputError
-from normkit.functional.moments import segment_moments, segment_normalize
-from normkit.rl.returns import impute_rewards, monte_carlo_returns, turn_gae
+from normkit.functional.moments import segment_moments
+from normkit.rl.returns import joint_segments, turn_gae
+from normkit.rl.turns import (
+    Baseline,
+    Scope,
+    Turns,
+    batch_normalize,
+    check_index,
+    normalize_rows,
+    turn_normalize,
+)
 
-Scope = Literal["group", "batch"]
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Flat rows of a batch, one per turn.
-
-    Attributes:
-        reward: ``[N]``, floating point, in float32 or float64.
-        dialogue: dialogue of the row ``[N]``.
-        turn: index of the turn in its dialogue ``[N]``.
-        group: group of the dialogue ``[N]``.
-        mask: True where the row counts ``[N]``.
-    """
-
-    reward: Tensor
-    dialogue: Tensor
-    turn: Tensor
-    group: Tensor
-    mask: Tensor
-
-    @property
-    def turn_cell(self) -> tuple[Tensor, int]:
-        """Segment of rows with the same group and turn index, and how many there are."""
-        width = _size(self.turn)
-        return self.group * width + self.turn, _size(self.group) * width
-
-    def returns(self, gamma: float) -> Tensor:
-        """Monte-Carlo returns ``[N]``."""
-        return monte_carlo_returns(self.reward, self.dialogue, self.turn, gamma, self.mask)
-
-    def known_rewards(self) -> Tensor:
-        """Rewards with unknown ones set to zero ``[N]``."""
-        return torch.where(self.mask, self.reward, 0)
-
-    def dialogue_totals(self) -> tuple[Tensor, Tensor]:
-        """Sum of the known rewards and group of each dialogue ``[D]``."""
-        size = _size(self.dialogue)
-        total = self.reward.new_zeros(size).scatter_add(0, self.dialogue, self.known_rewards())
-        group = self.group.new_zeros(size).scatter(0, self.dialogue, self.group)
-        return total, group
-
-    def present(self) -> Tensor:
-        """True for the dialogues that have a row that counts ``[D]``."""
-        rows = self.reward.new_zeros(_size(self.dialogue))
-        return rows.scatter_add(0, self.dialogue, self.mask.to(rows.dtype)) > 0
-
-
-def turn_normalize(
-    value: Tensor, turns: Turns, ddof: int = 0, eps: float = 1e-8, baseline: str = "mean"
-) -> Tensor:
-    r"""Compare each turn with the same turn of the dialogues of its group.
-
-    ``(x_{i,t} - mean_j x_{j,t}) / (std_j x_{j,t} + eps)``, j over the dialogues of the group that
-    reached turn t. A turn that one dialogue alone reached gets 0.
-
-    Args:
-        value: ``[N]``, usually returns.
-        turns: the rows.
-        ddof: subtracted from the count in the variance.
-        eps: added to the deviation.
-        baseline: "mean", or "loo" for the mean of the others (``n / (n - 1)`` times the
-            difference), which does not shrink small groups.
-
-    Returns:
-        ``[N]``.
-    """
-    if baseline not in ("mean", "loo"):
-        raise InputError(f"baseline must be mean or loo, got {baseline!r}")
-    cell, size = turns.turn_cell
-    out = segment_normalize(value, cell, size, turns.mask, ddof=ddof, eps=eps)
-    if baseline == "loo":
-        n = segment_moments(value, cell, size, turns.mask).n[cell]
-        out = out * torch.where(n > 1, n / (n - 1).clamp(min=1), 0)
-    return out
-
-
-def batch_normalize(
-    value: Tensor, turns: Turns, scope: Scope = "group", ddof: int = 0, eps: float = 1e-8
-) -> Tensor:
-    """Compare each turn with all turns of its group (or of the whole batch), at any index.
-
-    Args:
-        value: ``[N]``, immediate rewards for MAPO.
-        turns: the rows.
-        scope: pool over the "group" or over the "batch".
-        ddof: subtracted from the count in the variance.
-        eps: added to the deviation.
-
-    Returns:
-        ``[N]``.
-    """
-    if scope not in ("group", "batch"):
-        raise InputError(f"batch_scope must be group or batch, got {scope!r}")
-    ids = turns.group if scope == "group" else torch.zeros_like(turns.group)
-    return segment_normalize(value, ids, _size(ids), turns.mask, ddof=ddof, eps=eps)
+__all__ = [
+    "ALIASES",
+    "ESTIMATORS",
+    "Diagnosis",
+    "Estimator",
+    "Turns",
+    "batch_normalize",
+    "diagnose",
+    "estimate",
+    "get_estimator",
+    "mapo",
+    "to_tokens",
+    "turn_normalize",
+]
 
 
 def mapo(
@@ -132,9 +62,10 @@ def mapo(
     alpha: float = 0.5,
     beta: float | None = None,
     batch_scope: Scope = "group",
-    baseline: str = "mean",
+    baseline: Baseline = "mean",
     ddof: int = 0,
     eps: float = 1e-8,
+    scale: bool = True,
 ) -> Tensor:
     r"""Mixed advantage of MAPO (arXiv 2603.06194; later named MICA).
 
@@ -152,28 +83,42 @@ def mapo(
         alpha: weight of A_turn.
         beta: weight of A_batch; ``1 - alpha`` if None.
         batch_scope: pool of A_batch: the rollout "group" (v3 of the paper) or the "batch" (v1).
-        baseline: see :func:`turn_normalize`.
+        baseline: of A_turn, see :func:`turn_normalize`.
         ddof: subtracted from the count in both variances.
         eps: added to both deviations.
+        scale: False centers only.
 
     Returns:
         Advantages ``[N]``.
     """
-    by_turn = turn_normalize(turns.returns(gamma), turns, ddof, eps, baseline)
-    by_batch = batch_normalize(turns.reward, turns, batch_scope, ddof, eps)
+    by_turn = turn_normalize(turns.returns(gamma), turns, ddof, eps, baseline, scale)
+    by_batch = batch_normalize(turns.reward, turns, batch_scope, ddof, eps, scale)
     return alpha * by_turn + (1 - alpha if beta is None else beta) * by_batch
 
 
-def turn(turns: Turns, *, gamma: float = 0.85, ddof: int = 0, eps: float = 1e-8) -> Tensor:
-    """Turn-level normalization alone: MAPO with ``alpha = 1``."""
-    return turn_normalize(turns.returns(gamma), turns, ddof, eps)
+def turn(
+    turns: Turns,
+    *,
+    gamma: float = 0.85,
+    baseline: Baseline = "mean",
+    ddof: int = 0,
+    eps: float = 1e-8,
+    scale: bool = True,
+) -> Tensor:
+    """Turn-level normalization alone: MAPO with ``alpha = 1`` (MAPO's notes: v4)."""
+    return turn_normalize(turns.returns(gamma), turns, ddof, eps, baseline, scale)
 
 
 def batch(
-    turns: Turns, *, batch_scope: Scope = "group", ddof: int = 0, eps: float = 1e-8
+    turns: Turns,
+    *,
+    batch_scope: Scope = "group",
+    ddof: int = 0,
+    eps: float = 1e-8,
+    scale: bool = True,
 ) -> Tensor:
     """Batch-level normalization of the immediate rewards alone: MAPO with ``alpha = 0``."""
-    return batch_normalize(turns.reward, turns, batch_scope, ddof, eps)
+    return batch_normalize(turns.reward, turns, batch_scope, ddof, eps, scale)
 
 
 def batch_returns(
@@ -183,38 +128,65 @@ def batch_returns(
     batch_scope: Scope = "group",
     ddof: int = 0,
     eps: float = 1e-8,
+    scale: bool = True,
 ) -> Tensor:
-    """Batch-level normalization of the returns: what MAPO reports as unstable."""
-    return batch_normalize(turns.returns(gamma), turns, batch_scope, ddof, eps)
+    """Batch-level normalization of the returns: what MAPO reports as unstable (its notes: v2)."""
+    return batch_normalize(turns.returns(gamma), turns, batch_scope, ddof, eps, scale)
 
 
-def grpo(turns: Turns, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
+def grpo(turns: Turns, *, ddof: int = 1, eps: float = 1e-6, scale: bool = True) -> Tensor:
     """Outcome-only GRPO (arXiv 2402.03300): the z-score of a dialogue's total over its group.
 
-    Every turn of a dialogue gets the same advantage. ``ddof`` and ``eps`` default to the values
-    in common use.
+    Every turn of a dialogue gets the same advantage.
+
+    Args:
+        turns: the rows.
+        ddof: subtracted from the count in the variance; 1 is in common use.
+        eps: added to the deviation; 1e-6 is in common use.
+        scale: False centers only, as Dr. GRPO does (arXiv 2503.20783).
+
+    Returns:
+        Advantages ``[N]``.
     """
-    total, group = turns.dialogue_totals()
-    score = segment_normalize(total, group, _size(turns.group), turns.present(), ddof=ddof, eps=eps)
-    return torch.where(turns.mask, score[turns.dialogue], 0)
+    row, total, known, pool = turns.episodes()
+    return normalize_rows(total, pool, known, ddof, eps, scale=scale).index_select(0, row)
 
 
 def rloo(turns: Turns) -> Tensor:
     """REINFORCE leave-one-out (arXiv 2402.14740): total minus the mean of the group's others."""
-    total, group = turns.dialogue_totals()
-    center, _, n = segment_moments(total, group, _size(turns.group), turns.present())
-    n = n[group]
-    score = torch.where(n > 1, (total - center[group]) * n / (n - 1).clamp(min=1), 0)
-    return torch.where(turns.mask, score[turns.dialogue], 0)
+    row, total, known, pool = turns.episodes()
+    return normalize_rows(total, pool, known, baseline="loo", scale=False).index_select(0, row)
 
 
-def reinforce_plus_plus(turns: Turns, *, gamma: float = 1.0, eps: float = 1e-8) -> Tensor:
+def reinforce(turns: Turns, *, gamma: float = 1.0) -> Tensor:
+    """REINFORCE without a baseline: the return itself (MAPO's notes: v3)."""
+    return turns.returns(gamma)
+
+
+def reinforce_plus_plus(
+    turns: Turns,
+    *,
+    gamma: float = 1.0,
+    reset_at_user: bool = False,
+    ddof: int = 0,
+    eps: float = 1e-8,
+) -> Tensor:
     """REINFORCE++ (arXiv 2501.03262): discounted returns, whitened over the whole batch.
 
-    Credit crosses the user's turns, unlike in implementations whose running sum is multiplied by
-    the response mask.
+    Args:
+        turns: the rows.
+        gamma: discount per turn.
+        reset_at_user: cut credit at every user turn, so that a turn's return is its own reward.
+            This reproduces implementations whose running sum is multiplied by the response mask;
+            a comparison should say which was used.
+        ddof: subtracted from the count in the variance.
+        eps: added to the deviation.
+
+    Returns:
+        Advantages ``[N]``.
     """
-    return batch_normalize(turns.returns(gamma), turns, "batch", 0, eps)
+    value = turns.reward if reset_at_user else turns.returns(gamma)
+    return batch_normalize(value, turns, "batch", ddof, eps)
 
 
 def gigpo(
@@ -225,36 +197,38 @@ def gigpo(
     weight: float = 1.0,
     ddof: int = 1,
     eps: float = 1e-6,
+    scale: bool = True,
 ) -> Tensor:
     """Group-in-group policy optimization (arXiv 2505.10978): episode plus anchor-state advantage.
 
     ``A = A_episode + weight A_step``: the step term compares returns of turns that started from the
-    same anchor state within the group.
+    same anchor state within the group, at any turn index.
 
     Args:
         turns: the rows.
-        anchor: state that each turn started from ``[N]``, as integers; the turn index if None,
-            since free text hardly ever repeats.
+        anchor: state that each turn started from ``[N]``, int64, not negative; the turn index if
+            None, since free text hardly ever repeats.
         gamma: discount per turn of the step returns.
         weight: weight of the step term.
         ddof: subtracted from the count in the variances.
         eps: added to the deviations.
+        scale: False centers only.
 
     Returns:
         Advantages ``[N]``.
     """
-    state = turns.turn if anchor is None else anchor
-    if state.shape != turns.turn.shape or state.dtype != torch.int64:
-        raise InputError(f"anchor must be int64 of shape {tuple(turns.turn.shape)}")
-    cells = Turns(turns.reward, turns.dialogue, state, turns.group, turns.mask)
-    step = turn_normalize(turns.returns(gamma), cells, ddof, eps)
-    return grpo(turns, ddof=ddof, eps=eps) + weight * step
+    cell = turns.cell
+    if anchor is not None:
+        check_index("anchor", anchor, turns.reward)
+        cell = joint_segments(turns.group, anchor)
+    step = normalize_rows(turns.returns(gamma), cell, turns.known, ddof, eps, scale=scale)
+    return grpo(turns, ddof=ddof, eps=eps, scale=scale) + weight * step
 
 
 def ppo(
     turns: Turns,
     *,
-    value: Tensor | None = None,
+    value: Tensor,
     gamma: float = 0.99,
     lam: float = 0.95,
     whiten: bool = True,
@@ -263,7 +237,7 @@ def ppo(
 
     Args:
         turns: the rows.
-        value: the critic's value before each turn ``[N]``; required.
+        value: the critic's value before each turn ``[N]``.
         gamma: discount per turn.
         lam: weight of longer returns.
         whiten: center and scale over the batch.
@@ -271,30 +245,26 @@ def ppo(
     Returns:
         Advantages ``[N]``.
     """
-    if value is None or value.shape != turns.reward.shape:
-        raise InputError("value: ppo needs the critic's value of each turn, one per row")
-    advantage = turn_gae(turns.reward, value, turns.dialogue, turns.turn, gamma, lam, turns.mask)
-    if whiten:
-        return batch_normalize(advantage, turns, "batch")
-    return torch.where(turns.mask, advantage, 0)
+    if not bool(torch.isfinite(value).all()):
+        raise InputError("value must be finite for every turn that happened")
+    advantage = turn_gae(turns.reward, value, turns.dialogue, turns.turn, gamma, lam)
+    return batch_normalize(advantage, turns, "batch") if whiten else advantage
 
 
 def grpo_turn(turns: Turns, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """Z-score of the turn's own reward over its group and turn (MAPO notes: grpo_multiturn)."""
+    """Z-score of the turn's own reward over its group and turn (MAPO's notes: grpo_multiturn)."""
     return turn_normalize(turns.reward, turns, ddof, eps)
 
 
 def turn_baseline(turns: Turns, *, gamma: float = 0.85, eps: float = 1e-8) -> Tensor:
-    """Return minus its turn's mean, whitened over the batch (MAPO notes: multiturn_baseline)."""
-    value = turns.returns(gamma)
-    cell, size = turns.turn_cell
-    center = segment_moments(value, cell, size, turns.mask).center.to(value.dtype)
-    return batch_normalize(value - center[cell], turns, "batch", 0, eps)
+    """Return minus its turn's mean, whitened over the batch (MAPO's notes: multiturn_baseline)."""
+    centered = turn_normalize(turns.returns(gamma), turns, scale=False)
+    return batch_normalize(centered, turns, "batch", 0, eps)
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A registered estimator.
+    """A registered estimator; call it on flat rows as :func:`estimate` without the name.
 
     Attributes:
         name: its name on the command line.
@@ -308,6 +278,48 @@ class Estimator:
     description: str
     needs: tuple[str, ...] = ()
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options that :attr:`function` takes."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+    def __call__(
+        self,
+        reward: Tensor,
+        dialogue: Tensor,
+        turn: Tensor,
+        group: Tensor,
+        mask: Tensor | None = None,
+        *,
+        agent: Tensor | None = None,
+        batch: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Advantage of every turn (arguments, returns and errors: :func:`estimate`)."""
+        missing = [need for need in self.needs if options.get(need) is None]
+        if missing:
+            raise InputError(f"{self.name} needs {', '.join(missing)}")
+        unknown = [name for name in options if name not in self.options]
+        if unknown:
+            known = ", ".join(self.options)
+            raise InputError(f"{self.name} has no option {unknown[0]!r}; it has {known}")
+        rows = {"reward": reward, "dialogue": dialogue, "turn": turn, "group": group}
+        rows.update({n: x for n, x in (("agent", agent), ("batch", batch)) if x is not None})
+        if mask is not None:
+            _check_mask(mask, {**rows, **options})
+            if not bool(mask.all()):
+                there = {
+                    name: x[mask] if isinstance(x, Tensor) else x
+                    for name, x in {**rows, **options}.items()
+                }
+                return torch.zeros_like(reward).masked_scatter(mask, self(**there))
+        turns = Turns.from_rows(**rows)
+        advantage = self.function(turns, **options)
+        if turns.known is not None:
+            advantage = advantage.masked_fill(~turns.known, 0)
+        return advantage.to(reward.dtype)
+
 
 ESTIMATORS: dict[str, Estimator] = {
     e.name: e
@@ -317,6 +329,7 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator("turn", turn, "returns over the group at the same turn"),
         Estimator("batch", batch, "immediate rewards over all turns of the group"),
         Estimator("batch-returns", batch_returns, "returns over all turns of the group"),
+        Estimator("reinforce", reinforce, "returns as they are"),
         Estimator("reinforce++", reinforce_plus_plus, "returns whitened over the batch"),
         Estimator("rloo", rloo, "total minus the mean of the group's others"),
         Estimator("gigpo", gigpo, "outcome plus anchor-state advantage"),
@@ -358,28 +371,19 @@ def estimate(
         dialogue: dialogue of each turn ``[N]``, int64.
         turn: index of the turn in its dialogue ``[N]``, int64; each (dialogue, turn) stands once.
         group: group of each turn's dialogue ``[N]``, int64; one group per dialogue.
-        mask: False where the row must not count ``[N]``, bool.
-        options: the estimator's own options.
+        mask: False on padding ``[N]``, bool; what stands there is not looked at.
+        options: the estimator's own options, and for all of them: ``agent``, who speaks in each
+            turn ``[N]``, int64; ``batch``, the batch of each group ``[N]``, int64, where
+            independent batches are stacked. Options that are tensors have one element per row.
 
     Returns:
         Advantages ``[N]`` in the dtype of ``reward``; 0 where masked or unknown.
 
     Raises:
         InputError: for an unknown name or option, wrong shapes or dtypes, negative indices, a turn
-            given twice, a dialogue in two groups.
+            given twice, a dialogue in two groups, a group in two batches.
     """
-    estimator = get_estimator(name)
-    missing = [need for need in estimator.needs if options.get(need) is None]
-    if missing:
-        raise InputError(f"{estimator.name} needs {', '.join(missing)}")
-    turns = _rows(reward, dialogue, turn, group, mask)
-    try:
-        advantage = estimator.function(turns, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise InputError(f"{estimator.name}: {error}") from None
-        raise
-    return advantage.to(reward.dtype)
+    return get_estimator(name)(reward, dialogue, turn, group, mask, **options)
 
 
 def to_tokens(advantage: Tensor, turn_row: Tensor) -> Tensor:
@@ -391,9 +395,16 @@ def to_tokens(advantage: Tensor, turn_row: Tensor) -> Tensor:
 
     Returns:
         Tensor shaped like ``turn_row``; 0 where it is -1.
+
+    Raises:
+        InputError: for a row that is not there.
     """
-    inside = turn_row >= 0
-    return torch.where(inside, advantage[turn_row.clamp(min=0)], 0)
+    if turn_row.numel() and not -1 <= int(turn_row.min()) <= int(turn_row.max()) < len(advantage):
+        raise InputError(
+            f"turn_row must be in -1..{len(advantage) - 1}, got "
+            f"{int(turn_row.min())}..{int(turn_row.max())}"
+        )
+    return torch.cat([advantage, advantage.new_zeros(1)])[turn_row]
 
 
 @dataclass(frozen=True)
@@ -423,57 +434,33 @@ def diagnose(
     gamma: float = 0.85,
 ) -> Diagnosis:
     """Describe how far a batch supports turn-level normalization (arguments: :func:`estimate`)."""
-    turns = _rows(reward, dialogue, turn, group, mask)
-    cell, size = turns.turn_cell
+    rows = (reward, dialogue, turn, group)
+    turns = Turns.from_rows(*(rows if mask is None else (x[mask] for x in rows)))
+    known = torch.isfinite(turns.reward) if turns.known is None else turns.known
+    if not bool(known.any()):
+        return Diagnosis([], 0.0, 0.0, 0.0)
     returns = turns.returns(gamma)
-    _, scale, n = segment_moments(returns, cell, size, turns.mask)
-    width = _size(turns.turn)
-    grid = n.reshape(-1, width)
-    filled = n > 0
-    a = turn_normalize(returns, turns)[turns.mask]
-    b = batch_normalize(turns.reward, turns)[turns.mask]
-    groups = max(int((grid.sum(1) > 0).sum()), 1)
-    spread = a.std(correction=0) * b.std(correction=0) if a.numel() else a.sum()
-    both = ((a - a.mean()) * (b - b.mean())).mean() if a.numel() else a.sum()
+    center, spread, n = segment_moments(returns, *turns.cell, known)
+    # Equal returns that were summed in another order may differ in their last bits.
+    constant = spread <= 1e-12 * center.abs().clamp(min=1)
+    a = turn_normalize(returns, turns)[known]
+    b = batch_normalize(turns.reward, turns)[known]
+    correlation = torch.corrcoef(torch.stack([a, b]))[0, 1] if len(a) > 1 else a.sum()
+    groups = torch.unique(turns.group[known]).numel()
     return Diagnosis(
-        survivors=(grid.sum(0) / groups).tolist(),
-        zero_variance=float((scale[filled] == 0).double().mean()) if filled.any() else 0.0,
-        ratio=float(a.abs().mean() / b.abs().mean()) if b.abs().sum() > 0 else 0.0,
-        correlation=float(both / spread) if spread > 0 else 0.0,
+        survivors=(turns.turn[known].bincount() / groups).tolist(),
+        zero_variance=float(constant[n > 0].double().mean()),
+        ratio=float(a.abs().mean() / b.abs().mean()) if bool(b.any()) else 0.0,
+        correlation=float(correlation.nan_to_num()),
     )
 
 
-def _rows(
-    reward: Tensor, dialogue: Tensor, turn: Tensor, group: Tensor, mask: Tensor | None
-) -> Turns:
-    if reward.dim() != 1 or not reward.is_floating_point():
-        raise InputError(
-            f"reward must be floating point of shape (N,), got {reward.dtype} {tuple(reward.shape)}"
-        )
-    for name, index in (("dialogue", dialogue), ("turn", turn), ("group", group)):
-        if index.shape != reward.shape or index.dtype != torch.int64:
+def _check_mask(mask: Tensor, rows: Mapping[str, Any]) -> None:
+    if mask.dtype != torch.bool:
+        raise InputError(f"mask must be bool, got {mask.dtype}")
+    for name, x in rows.items():
+        if isinstance(x, Tensor) and (x.shape != mask.shape or mask.dim() != 1):
             raise InputError(
-                f"{name} must be int64 of shape {tuple(reward.shape)}, got {index.dtype} "
-                f"{tuple(index.shape)}"
+                f"mask and {name} must have the same shape (N,), got {tuple(mask.shape)} and "
+                f"{tuple(x.shape)}"
             )
-        if index.numel() and int(index.min()) < 0:
-            raise InputError(f"{name} must not be negative, got {int(index.min())}")
-    if mask is not None and (mask.shape != reward.shape or mask.dtype != torch.bool):
-        raise InputError(f"mask must be bool of shape {tuple(reward.shape)}")
-    if reward.numel():
-        cells = dialogue * _size(turn) + turn
-        seen = torch.bincount(cells)
-        if int(seen.max()) > 1:
-            raise InputError("each (dialogue, turn) must stand once; one is given twice")
-        first = group.new_zeros(_size(dialogue)).scatter(0, dialogue, group)
-        if not torch.equal(first[dialogue], group):
-            raise InputError("group: a dialogue stands in two groups")
-    if reward.dtype in (torch.float16, torch.bfloat16):
-        reward = reward.float()
-    known = torch.isfinite(reward)
-    mask = known if mask is None else known & mask
-    return Turns(impute_rewards(reward, dialogue, mask), dialogue, turn, group, mask)
-
-
-def _size(ids: Tensor) -> int:
-    return int(ids.max()) + 1 if ids.numel() else 0

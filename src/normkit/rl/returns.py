@@ -1,90 +1,128 @@
-"""Returns and generalized advantages, over turns and over tokens, without a loop over time.
+r"""Returns and generalized advantages, over turns and over tokens, without a loop over time.
 
-Shapes: N turns (flat rows); D dialogues, T turns of the longest; B rows, L tokens.
+Turns come as flat rows in any order. Time is the turn index, not the position among the rows: a
+turn that is missing still discounts once. A turn whose reward is not finite happened, but its
+judgement failed: it counts as the mean of its dialogue's known rewards (MAPO, arXiv 2603.06194,
+official reward manager), so that later credit passes through it.
+
+Shapes: N turns (flat rows); B rows of a token grid, L tokens; T steps of a scan.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from normkit.errors import InputError
 from normkit.functional.moments import segment_moments
 
 
+class Segments(NamedTuple):
+    """A partition of rows: the segment of each row ``[N]``, and how many segments there are."""
+
+    ids: Tensor
+    size: int
+
+
 def discounted_cumsum(x: Tensor, factor: Tensor | float, dim: int = -1) -> Tensor:
     r"""Reverse discounted sum, ``y_t = x_t + factor_t y_{t+1}``.
 
-    Computed by doubling in ``log2(T)`` vectorized steps.
+    Computed by doubling: after k steps every element holds the discounted sum of the ``2^k``
+    elements from itself on, so ``log2(T)`` vectorized steps suffice.
 
     Args:
-        x: values, any shape; the scan runs along ``dim`` of size T.
+        x: values, floating point, any shape; the scan runs along ``dim`` of size T.
         factor: scalar, or a tensor broadcastable to ``x``; ``factor_t`` weighs what comes after t.
         dim: the dimension of time.
 
     Returns:
-        Tensor shaped like ``x``.
+        Tensor shaped and typed like ``x``; half precision is accumulated in float32.
+
+    Raises:
+        InputError: for integer ``x`` or a factor that does not broadcast to it.
     """
-    y = x.movedim(dim, -1)
-    weight = torch.as_tensor(factor, dtype=x.dtype, device=x.device).expand(x.shape)
-    weight = weight.movedim(dim, -1)
-    reach = 1
-    while reach < y.shape[-1]:
-        pad = (0, reach)
-        later = torch.nn.functional.pad(y[..., reach:], pad)
-        y = y + weight * later
-        weight = weight * torch.nn.functional.pad(weight[..., reach:], pad)
-        reach *= 2
-    return y.movedim(-1, dim)
+    if not x.is_floating_point():
+        raise InputError(f"x must be floating point, got {x.dtype}")
+    y = _accumulable(x).movedim(dim, -1)
+    try:
+        weight = torch.as_tensor(factor, dtype=y.dtype, device=x.device).expand(x.shape)
+    except RuntimeError:
+        shape = tuple(torch.as_tensor(factor).shape)
+        raise InputError(f"factor {shape} does not broadcast to x {tuple(x.shape)}") from None
+    weight = weight.movedim(dim, -1)[..., :-1]
+    return _scan(y, weight, y.shape[-1]).movedim(-1, dim).to(x.dtype)
 
 
-def impute_rewards(reward: Tensor, dialogue: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Replace unknown rewards by the mean of their dialogue's known ones (0 where there is none).
+def joint_segments(*indices: Tensor) -> Segments:
+    """Number the combinations of several indices, so that rows which agree in all share a segment.
+
+    Numbers are in lexicographic order and stay below a small multiple of N however large or sparse
+    the indices are.
 
     Args:
-        reward: ``[N]``; NaN and infinity count as unknown.
-        dialogue: ``[N]``.
-        mask: False where the reward is unknown ``[N]``.
+        indices: one or more int64 tensors ``[N]``, none negative.
+
+    Returns:
+        The segments; some may have no row.
+    """
+    limit = 4 * indices[0].numel() + 1024
+    ids, size = _compact(indices[0], limit)
+    for index in indices[1:]:
+        other, width = _compact(index, limit)
+        ids, size = ids * width + other, size * width
+        if size > limit:
+            ids, size = _compact(ids, limit)
+    return Segments(ids, size)
+
+
+def impute_rewards(reward: Tensor, dialogue: Tensor) -> Tensor:
+    """Replace rewards that are not finite by the mean of their dialogue's known ones, or by 0.
+
+    Args:
+        reward: ``[N]``.
+        dialogue: dialogue of each row ``[N]``, int64.
 
     Returns:
         Finite rewards ``[N]``.
     """
-    known = torch.isfinite(reward) if mask is None else torch.isfinite(reward) & mask
-    size = int(dialogue.max()) + 1 if dialogue.numel() else 0
-    mean = segment_moments(reward, dialogue, size, known, kind="std").center.to(reward.dtype)
-    return torch.where(known, reward, mean[dialogue])
+    if bool(torch.isfinite(reward.sum())):  # far cheaper than a look at every row
+        return reward
+    known = torch.isfinite(reward)
+    ids, size = joint_segments(dialogue)
+    mean = segment_moments(reward, ids, size, known).center.to(reward.dtype)
+    return torch.where(known, reward, mean.index_select(0, ids))
 
 
-def monte_carlo_returns(
-    reward: Tensor, dialogue: Tensor, turn: Tensor, gamma: float, mask: Tensor | None = None
-) -> Tensor:
+def monte_carlo_returns(reward: Tensor, dialogue: Tensor, turn: Tensor, gamma: float) -> Tensor:
     r"""Discounted return of every turn, ``R_t = sum_{s >= t} gamma^(s-t) r_s``.
 
     MAPO (arXiv 2603.06194), step 2: no bootstrap, no critic. Credit crosses the user's turns.
 
     Args:
-        reward: reward of each turn ``[N]``; unknown ones are imputed (:func:`impute_rewards`) so
-            that later credit passes through them.
-        dialogue: dialogue of each turn ``[N]``.
-        turn: index of the turn in its dialogue ``[N]``; rows may stand in any order.
-        gamma: discount per turn.
-        mask: False where the reward is unknown ``[N]``.
+        reward: reward of each turn ``[N]``; unknown ones are imputed (:func:`impute_rewards`).
+        dialogue: dialogue of each turn ``[N]``, int64.
+        turn: index of the turn in its dialogue ``[N]``, int64; rows may stand in any order.
+        gamma: discount per turn, 0..1.
 
     Returns:
-        Returns ``[N]``.
+        Returns ``[N]``, in the dtype of ``reward``.
+
+    Raises:
+        InputError: for shapes that differ or a ``gamma`` out of range.
     """
-    grid, at = _grid(impute_rewards(reward, dialogue, mask), dialogue, turn)
-    return discounted_cumsum(grid, gamma).flatten()[at]
+    return turn_gae(reward, None, dialogue, turn, gamma, 1.0)
 
 
 def turn_gae(
     reward: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     dialogue: Tensor,
     turn: Tensor,
     gamma: float = 1.0,
     lam: float = 0.95,
-    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Generalized advantage estimation over turns (arXiv 1506.02438, eq. 16).
 
@@ -92,21 +130,50 @@ def turn_gae(
     after the last turn is zero.
 
     Args:
-        reward: ``[N]``; unknown ones are imputed.
-        value: value of the state before each turn ``[N]``.
-        dialogue: ``[N]``.
-        turn: ``[N]``.
-        gamma: discount per turn.
+        reward: ``[N]``; unknown ones are imputed (:func:`impute_rewards`).
+        value: value of the state before each turn ``[N]``; None for zero everywhere, which with
+            ``lam = 1`` gives Monte-Carlo returns.
+        dialogue: ``[N]``, int64.
+        turn: ``[N]``, int64.
+        gamma: discount per turn, 0..1.
         lam: weight of longer returns, 0..1.
-        mask: False where the reward is unknown ``[N]``.
 
     Returns:
-        Advantages ``[N]``.
+        Advantages ``[N]``, in the dtype of ``reward``.
+
+    Raises:
+        InputError: for shapes that differ or a ``gamma`` or ``lam`` out of range.
     """
-    rewards, at = _grid(impute_rewards(reward, dialogue, mask), dialogue, turn)
-    values, _ = _grid(value.to(reward.dtype), dialogue, turn)
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    return discounted_cumsum(rewards + gamma * following - values, gamma * lam).flatten()[at]
+    for name, other in (("value", value), ("dialogue", dialogue), ("turn", turn)):
+        if other is not None and (other.shape != reward.shape or reward.dim() != 1):
+            raise InputError(
+                f"reward and {name} must have the same shape (N,), got {tuple(reward.shape)} "
+                f"and {tuple(other.shape)}"
+            )
+    _check_weights(gamma, lam)
+    if reward.numel() == 0:
+        return reward.clone()
+    place, _ = joint_segments(dialogue, turn)
+    if not increasing(place):
+        order = torch.argsort(place, stable=True)
+        sorted_value = None if value is None else value[order]
+        out = turn_gae(reward[order], sorted_value, dialogue[order], turn[order], gamma, lam)
+        return torch.empty_like(out).scatter(0, order, out)
+    x = impute_rewards(_accumulable(reward), dialogue)
+    # The scan runs over all dialogues at once: a factor of zero ends each of them.
+    same = dialogue[1:] == dialogue[:-1]
+    gap = torch.where(same, turn[1:] - turn[:-1], 1)
+    regular = reward.numel() == 1 or int(gap.max()) == 1
+    discount = same.to(x.dtype) * (gamma if regular else gamma ** gap.to(x.dtype))
+    if value is not None:
+        value = value.to(x.dtype)
+        x = x + pad(discount * value[1:], (0, 1)) - value
+    return _scan(x, discount * lam, int(turn.max()) - int(turn.min()) + 1).to(reward.dtype)
+
+
+def increasing(ids: Tensor) -> bool:
+    """Whether every element of ``[N]`` is above the one before it."""
+    return bool((ids[1:] > ids[:-1]).all())
 
 
 def token_gae(
@@ -126,42 +193,69 @@ def token_gae(
         reward: reward at each token ``[B, L]``.
         value: value at each token ``[B, L]``.
         response_mask: True on the policy's tokens ``[B, L]``.
-        gamma: discount per response token.
+        gamma: discount per response token, 0..1.
         lam: weight of longer returns, 0..1.
         reset_at_user: cut credit at every user turn. This reproduces the defect of older
             implementations whose running sum is multiplied by the response mask.
 
     Returns:
         Advantages ``[B, L]``, zero outside the responses.
+
+    Raises:
+        InputError: for shapes that differ or a ``gamma`` or ``lam`` out of range.
     """
+    if not reward.shape == value.shape == response_mask.shape:
+        raise InputError(
+            "reward, value and response_mask must have the same shape (B, L), got "
+            f"{tuple(reward.shape)}, {tuple(value.shape)} and {tuple(response_mask.shape)}"
+        )
+    _check_weights(gamma, lam)
     mask = response_mask.bool()
-    zero = torch.zeros((), dtype=reward.dtype, device=reward.device)
-    reward, value = torch.where(mask, reward, zero), torch.where(mask, value, zero)
+    reward, value = reward.masked_fill(~mask, 0), value.masked_fill(~mask, 0)
     if reset_at_user:
-        follows = torch.nn.functional.pad(mask[:, 1:], (0, 1))
-        following = torch.nn.functional.pad(value[:, 1:], (0, 1)) * follows
-        delta = torch.where(mask, reward + gamma * following - value, zero)
-        return torch.where(mask, discounted_cumsum(delta, gamma * lam * follows), zero)
+        # The value after a reply's last token is taken as zero, as the value of a user's token is.
+        delta = reward + gamma * pad(value[..., 1:], (0, 1)) - value
+        delta = delta.masked_fill(~mask, 0)
+        return discounted_cumsum(delta, gamma * lam * mask).masked_fill(~mask, 0)
     # Between replies the scan carries its sum on undiscounted, and the value looked ahead to is
     # that of the next response token.
-    carry = torch.where(mask, zero, 1 + zero)
-    ahead = discounted_cumsum(value, carry)
-    following = torch.nn.functional.pad(ahead[:, 1:], (0, 1))
-    delta = torch.where(mask, reward + gamma * following - value, zero)
-    factor = torch.where(mask, gamma * lam + zero, 1 + zero)
-    return torch.where(mask, discounted_cumsum(delta, factor), zero)
+    ahead = discounted_cumsum(value, (~mask).to(value.dtype))
+    following = pad(ahead[..., 1:], (0, 1))
+    delta = (reward + gamma * following - value).masked_fill(~mask, 0)
+    factor = torch.ones_like(value).masked_fill(mask, gamma * lam)
+    return discounted_cumsum(delta, factor).masked_fill(~mask, 0)
 
 
-def _grid(x: Tensor, dialogue: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Scatter flat rows to ``[D, T]``; return the grid and each row's place in it."""
-    if x.numel() == 0:
-        return x.reshape(0, 1), torch.zeros(0, dtype=torch.int64, device=x.device)
-    if x.shape != dialogue.shape or x.shape != turn.shape:
-        raise InputError(
-            "reward, dialogue and turn must have the same shape (N,); got "
-            f"{tuple(x.shape)}, {tuple(dialogue.shape)} and {tuple(turn.shape)}"
-        )
-    height, width = int(dialogue.max()) + 1, int(turn.max()) + 1
-    at = dialogue * width + turn
-    grid = x.new_zeros(height * width).scatter(0, at, x)
-    return grid.reshape(height, width), at
+def _scan(y: Tensor, weight: Tensor, longest: int) -> Tensor:
+    """Reverse scan along the last dimension, ``y_t + weight_t y_{t+1}``.
+
+    Args:
+        y: ``[*, T]``.
+        weight: ``[*, T - 1]``.
+        longest: no sum reaches over more elements than this.
+    """
+    reach = 1
+    while reach < min(longest, y.shape[-1]):
+        ahead = torch.addcmul(y[..., :-reach], weight, y[..., reach:])
+        y = torch.cat([ahead, y[..., -reach:]], -1)
+        weight = weight[..., :-reach] * weight[..., reach:]
+        reach *= 2
+    return y
+
+
+def _compact(index: Tensor, limit: int) -> tuple[Tensor, int]:
+    size = int(index.max()) + 1 if index.numel() else 0
+    if size <= limit:
+        return index, size
+    values, index = torch.unique(index, return_inverse=True)
+    return index, values.numel()
+
+
+def _accumulable(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _check_weights(gamma: float, lam: float) -> None:
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= number <= 1:
+            raise InputError(f"{name} must be in 0..1, got {number}")
