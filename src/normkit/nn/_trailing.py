@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from normkit.errors import InputError
-from normkit.functional.norms import check_normalized
 
 
 class TrailingNorm(nn.Module):
@@ -88,7 +87,6 @@ class TrailingNorm(nn.Module):
         Raises:
             InputError: for integer ``x``, or shapes that do not fit.
         """
-        check_normalized(x, self.normalized_shape)
         if residual is None:
             return self.norm(x)
         if residual.shape != x.shape:
@@ -99,7 +97,7 @@ class TrailingNorm(nn.Module):
         return self.norm(total), total
 
     def norm(self, x: Tensor) -> Tensor:
-        """Normalize a tensor whose shape has been checked."""
+        """Normalize a tensor, checking it."""
         raise InputError(f"{type(self).__name__} must define norm(x)")
 
     def extra_repr(self) -> str:

@@ -4,8 +4,8 @@
 
 over the trailing dimensions of each sample, in training and evaluation alike.
 
-Differences from the authors' code (Theano, of the supplement): eps stands under the root, as in
-torch, rather than beside the deviation.
+Differences from the authors' code (ryankiros/layer-norm): any number of trailing dimensions, and no
+affine parameters where they are not wanted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from normkit.functional.norms import layer_norm
 from normkit.nn._trailing import TrailingNorm
 
 
@@ -59,5 +59,5 @@ class LayerNorm(TrailingNorm):
         )
 
     def norm(self, x: Tensor) -> Tensor:
-        """Normalize by torch's fused kernel."""
-        return F.layer_norm(x, self.normalized_shape, self.gain, self.bias, self.eps)
+        """Normalize by torch's fused kernel: :func:`normkit.functional.norms.layer_norm`."""
+        return layer_norm(x, self.normalized_shape, self.gain, self.bias, self.eps)
