@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -271,12 +271,14 @@ class Estimator:
         function: ``function(turns, **options) -> advantage [N]``.
         description: one line for people.
         needs: options that must be given.
+        skip: checks of the contract that it does not meet, each with the reason.
     """
 
     name: str
     function: Callable[..., Tensor]
     description: str
     needs: tuple[str, ...] = ()
+    skip: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -321,6 +323,7 @@ class Estimator:
         return advantage.to(reward.dtype)
 
 
+_WHITENED = {"groups": "it whitens over the whole batch"}
 ESTIMATORS: dict[str, Estimator] = {
     e.name: e
     for e in (
@@ -329,13 +332,19 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator("turn", turn, "returns over the group at the same turn"),
         Estimator("batch", batch, "immediate rewards over all turns of the group"),
         Estimator("batch-returns", batch_returns, "returns over all turns of the group"),
-        Estimator("reinforce", reinforce, "returns as they are"),
-        Estimator("reinforce++", reinforce_plus_plus, "returns whitened over the batch"),
+        Estimator(
+            "reinforce", reinforce, "returns as they are", skip={"zero": "it compares nothing"}
+        ),
+        Estimator(
+            "reinforce++", reinforce_plus_plus, "returns whitened over the batch", skip=_WHITENED
+        ),
         Estimator("rloo", rloo, "total minus the mean of the group's others"),
         Estimator("gigpo", gigpo, "outcome plus anchor-state advantage"),
         Estimator("grpo-turn", grpo_turn, "the turn's own reward over its group and turn"),
-        Estimator("turn-baseline", turn_baseline, "turn-centered returns, whitened"),
-        Estimator("ppo", ppo, "turn-level GAE with a critic", needs=("value",)),
+        Estimator(
+            "turn-baseline", turn_baseline, "turn-centered returns, whitened", skip=_WHITENED
+        ),
+        Estimator("ppo", ppo, "turn-level GAE with a critic", needs=("value",), skip=_WHITENED),
     )
 }
 ALIASES: Mapping[str, str] = {"mica": "mapo"}
