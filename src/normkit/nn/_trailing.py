@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.errors import InputError
+from normkit.functional.norms import check_normalized
 
 
 class TrailingNorm(nn.Module):
@@ -89,6 +90,7 @@ class TrailingNorm(nn.Module):
         """
         if residual is None:
             return self.norm(x)
+        check_normalized(x, self.normalized_shape)
         if residual.shape != x.shape:
             raise InputError(
                 f"residual must have the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}"
