@@ -13,7 +13,7 @@ Where EMPA's paper and its code differ, the code is followed, since the publishe
 paper v* follows the state, and a success also needs a relieved user or enough mean alignment
 (``direction="current"``); with v* fixed, ``P . v* = E - |P_0|``, so that work of ``|P_0|`` is all.
 The version that made the published results, like MAPO's copy of the sandbox, also ended dialogues
-that went back and forth (``oscillation_window=12``); EMPA's code of today does not.
+that got nowhere (``standstill_window=12``); EMPA's code of today does not.
 
 All vectors are tuples of three floats, in points, ordered as :data:`normkit.rl.rubric.AXES`.
 """
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args
 
 from normkit.errors import InputError
-from normkit.rl.environments.scenario import INDICATORS
+from normkit.rl.environments.scenario import INDICATORS, THRESHOLDS
 from normkit.rl.rubric import AXES, Axis, Progress
 
 State = tuple[float, float, float]
@@ -44,7 +44,7 @@ _SETBACK = {**_SETBACK, "proactive": _SETBACK["affective"]}
 _COLLAPSE_TURNS = 5
 _STAGNATION_TURNS, _STAGNATION_STD = 5, 0.5
 _REGRESSION_TURNS, _REGRESSION_SHARE, _REGRESSION_WORK = 8, 0.7, -1.0
-_OSCILLATION_POINTS = 3
+_STANDSTILL_POINTS, _STANDSTILL_DISTANCE = 3, 2.0
 _EXACT = 1e-9
 """Rubric points are integers, so that work is a multiple of 1/|P_0| >= 0.02: less is rounding."""
 
@@ -63,9 +63,9 @@ class EPMConfig:
             results have 0.1.
         min_alignment: mean alignment of a success further away (with ``direction="current"``; the
             paper's tau_align).
-        oscillation_window: a dialogue fails whose state, over this many judged turns, moved by at
-            least 3 points in all and came back to within 3 points (sums of absolute values); 0
-            switches the rule off.
+        standstill_window: a dialogue fails whose state, over this many judged turns, got nowhere:
+            it ended less than 3 points (sum of absolute values) from where it began, or its
+            distance, on average above epsilon, stayed within less than 2; 0 switches the rule off.
     """
 
     max_turns: int = 45
@@ -74,10 +74,10 @@ class EPMConfig:
     direction: Direction = "initial"
     alpha: float = 0.05
     min_alignment: float = 0.0
-    oscillation_window: int = 0
+    standstill_window: int = 0
 
     def __post_init__(self) -> None:
-        least = {"max_turns": 1, "min_turns": 1, "epsilon": 0, "alpha": 0, "oscillation_window": 0}
+        least = {"max_turns": 1, "min_turns": 1, "epsilon": 0, "alpha": 0, "standstill_window": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= bound):
@@ -105,6 +105,20 @@ def initial_state(levels: Mapping[str, int]) -> State:
             raise InputError(f"deficit.{indicator} must be an integer 0..3, got {level!r}")
         totals[indicator[0]] -= level * _POINTS[indicator]
     return (float(totals["C"]), float(totals["A"]), float(totals["P"]))
+
+
+def tolerance(threshold: str) -> float:
+    """Tolerance per axis, in points, of a user with a "low", "medium" or "high" empathy threshold.
+
+    3, 2 and 1: whoever is hard to reach is satisfied last. MAPO's sandbox knows all three and, like
+    EMPA, uses 1 for everyone, the default of :class:`EPMConfig`.
+
+    Raises:
+        InputError: for another threshold.
+    """
+    if threshold not in THRESHOLDS:
+        raise InputError(f"threshold must be one of {', '.join(THRESHOLDS)}, got {threshold!r}")
+    return 3.0 - THRESHOLDS.index(threshold)
 
 
 def increment(progress: Progress) -> State:
@@ -236,7 +250,7 @@ class Trajectory:
             projection=_dot(state, target),
             work=work,
             total_work=self.total_work + work,
-            alignment=work / size if size else 0.0,
+            alignment=min(max(work / size, -1.0), 1.0) if size else 0.0,
             net_level=levels[0],
             setback_level=levels[1],
         )
@@ -281,12 +295,13 @@ class Trajectory:
 
         "geometric" or "positional" for a success ("aligned" with a direction that follows the
         state); for a failure every rule that holds, of "direction collapse", "stagnation" and
-        "persistent regression", or "oscillation (total change 40, net change 2)".
+        "persistent regression", or the way it stood still: "standstill (total change 2)",
+        "standstill (distance within 1.8)" or "oscillation (total change 40, net change 2)".
         """
         return self._ending()[1]
 
     def _ending(self) -> tuple[Outcome | None, str]:
-        """The rules in EMPA's order: success, failure, out of turns, oscillation."""
+        """The rules in EMPA's order: success, failure, out of turns, standstill."""
         config = self.config
         if self.length >= config.min_turns and (success := self._success()):
             return "success", success
@@ -296,8 +311,8 @@ class Trajectory:
             return "failure", ", ".join(failures)
         if self.length >= config.max_turns:
             return "max_turns", f"reached {config.max_turns} turns"
-        if judged_enough and (oscillation := self._oscillation()):
-            return "failure", oscillation
+        if judged_enough and (standstill := self._standstill()):
+            return "failure", standstill
         return None, ""
 
     def _success(self) -> str:
@@ -333,16 +348,21 @@ class Trajectory:
         }
         return [name for name, holds in rules.items() if holds]
 
-    def _oscillation(self) -> str:
-        """What moved back and forth, with EMPA's two figures; empty where nothing did."""
-        recent = self.turns[-self.config.oscillation_window :]
-        if not 0 < self.config.oscillation_window == len(recent) or recent[-1].distance == 0:
+    def _standstill(self) -> str:
+        """How the dialogue got nowhere, with EMPA's figures; empty where it did not."""
+        recent = self.turns[-self.config.standstill_window :]
+        if not 0 < self.config.standstill_window == len(recent) or recent[-1].distance == 0:
             return ""
         total = sum(abs(x) for turn in recent for x in turn.increment)
+        if total < _STANDSTILL_POINTS:
+            return f"standstill (total change {total:g})"
+        distances = [turn.distance for turn in recent]
+        spread = max(distances) - min(distances)
+        if spread < _STANDSTILL_DISTANCE and statistics.fmean(distances) > self.config.epsilon:
+            return f"standstill (distance within {spread:.1f})"
         # From the first state of the window on: its own increment led there and is not part.
-        ends = zip(recent[0].state, recent[-1].state, strict=True)
-        net = sum(abs(last - first) for first, last in ends)
-        if total >= _OSCILLATION_POINTS > net:
+        net = sum(abs(b - a) for a, b in zip(recent[0].state, recent[-1].state, strict=True))
+        if net < _STANDSTILL_POINTS:
             return f"oscillation (total change {total:g}, net change {net:g})"
         return ""
 
