@@ -1,4 +1,7 @@
-"""Advantage estimators: the card's tables, the laws that all of them share, bad input."""
+"""Advantage estimators: the card's tables, the laws of MAPO, oracles for all, bad input.
+
+What every estimator must keep to is tested in ``tests/testing/test_advantage.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normkit.errors import InputError
-from normkit.rl.advantage import ESTIMATORS, diagnose, estimate, get_estimator, to_tokens
+from normkit.rl.advantage import (
+    ESTIMATORS,
+    diagnose,
+    estimate,
+    get_estimator,
+    to_tokens,
+)
 from tests.reference import mapo as oracle
-from tests.rl.rows import flat
+from tests.rl.rows import flat, ragged
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 CARD = [[1.0, 0, 2], [3, -1, 1]]
 RAGGED = [[1.0, 0, 2], [3, -1], [0, 2, 1]]
-ragged = st.lists(
-    st.tuples(st.lists(st.integers(-5, 5), min_size=1, max_size=6), st.integers(0, 2)),
-    min_size=1,
-    max_size=9,
-)
+OPTIONS = {
+    "gamma": st.sampled_from([0.0, 0.5, 0.85, 1.0]) | st.floats(0, 1),
+    "alpha": st.floats(-1, 2),
+    "beta": st.none() | st.floats(-1, 2),
+    "batch_scope": st.sampled_from(["group", "batch"]),
+    "baseline": st.sampled_from(["mean", "loo"]),
+    "ddof": st.integers(0, 1),
+    "eps": st.sampled_from([1e-8, 1e-6, 0.1]),
+    "scale": st.booleans(),
+    "reset_at_user": st.booleans(),
+    "weight": st.floats(-1, 2),
+    "lam": st.floats(0, 1),
+    "whiten": st.booleans(),
+}
 
 
 def run(name, rewards, groups=None, **options):
-    reward, dialogue, turn, group = flat(rewards, groups)
-    if "value" in get_estimator(name).needs:
-        options["value"] = 0.3 * turn.double() + reward.nan_to_num(0, 0, 0).sign()
-    return estimate(name, reward, dialogue, turn, group, **options)
+    return estimate(name, *flat(rewards, groups), **options)
 
 
 @pytest.mark.parametrize(
@@ -42,23 +57,72 @@ def run(name, rewards, groups=None, **options):
         ),
     ],
 )
-def test_the_tables_of_the_card(rewards, gamma, expected):
-    for name in ("mapo", "mica"):
-        assert run(name, rewards, gamma=gamma).tolist() == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("name", ["mapo", "mica"])
+def test_the_tables_of_the_card(name, rewards, gamma, expected):
+    assert run(name, rewards, gamma=gamma).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@settings(deadline=None)
-@given(ragged, st.floats(0, 1), st.floats(0, 1), st.sampled_from(["group", "batch"]))
-def test_mapo_is_the_reference(data, gamma, alpha, scope):
-    rewards, groups = [[float(r) for r in row] for row, _ in data], [g for _, g in data]
-    got = run("mapo", rewards, groups, gamma=gamma, alpha=alpha, batch_scope=scope)
-    expected = oracle.mapo(rewards, groups, gamma, alpha, scope)
-    np.testing.assert_allclose(got.numpy(), np.concatenate(expected), atol=1e-6)
+def test_the_halves_of_the_card():
+    turn = run("turn", CARD, gamma=1.0)
+    assert turn.tolist() == pytest.approx([0, 1, 1, 0, -1, -1], abs=1e-6)
+    turn = run("turn", CARD, gamma=0.9)
+    assert turn.tolist() == pytest.approx([-1, 1, 1, 1, -1, -1], abs=1e-6)
+    pooled = run("batch", CARD)
+    expected = [0, -0.774597, 0.774597, 1.549193, -1.549193, 0]
+    assert pooled.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+# ---------------------------------------------------------------------- oracles
+
+
+def test_every_estimator_has_an_oracle():
+    assert set(oracle.ESTIMATORS) == set(ESTIMATORS)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_estimators_are_their_oracles(name, data):
+    rewards, groups = data.draw(ragged(unknown=True))
+    known = get_estimator(name).options
+    options = {
+        n: data.draw(s, n) for n, s in OPTIONS.items() if n in known and data.draw(st.booleans())
+    }
+    given_, count = dict(options), sum(len(row) for row in rewards)
+    numbers = {"value": st.integers(-3, 3), "anchor": st.integers(0, 3)}
+    for column in numbers.keys() & set(known):
+        drawn = data.draw(st.lists(numbers[column], min_size=count, max_size=count), column)
+        options[column] = drawn
+        given_[column] = torch.tensor(drawn, dtype=None if column == "anchor" else torch.float64)
+    got = run(name, rewards, groups, **given_)
+    expected = oracle.ESTIMATORS[name](rewards, groups, **options)
+    np.testing.assert_allclose(got.numpy(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["mapo", "grpo", "reinforce++", "gigpo"])
+@settings(deadline=None, max_examples=30)
+@given(data=ragged())
+def test_single_precision_gives_the_same(name, data):
+    reward, *index = flat(*data)
+    double = estimate(name, reward, *index)
+    torch.testing.assert_close(estimate(name, reward.float(), *index), double.float())
+
+
+def test_rounding_in_single_precision_is_no_difference():
+    """In float32, .1 + .3 + .4 in two orders differ in the last bit, eps is ten times smaller."""
+    reward, *index = flat([[0.1, 0.3, 0.4], [0.4, 0.3, 0.1]], dtype=torch.float32)
+    assert reward[0] + reward[1] + reward[2] != reward[3] + reward[4] + reward[5]
+    assert estimate("grpo", reward, *index, eps=1e-8).abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------------- laws of MAPO
 
 
 def test_the_weights_select_the_halves():
-    torch.testing.assert_close(run("mapo", RAGGED, alpha=1.0), run("turn", RAGGED))
-    torch.testing.assert_close(run("mapo", RAGGED, alpha=0.0), run("batch", RAGGED))
+    turn, batch = run("turn", RAGGED), run("batch", RAGGED)
+    torch.testing.assert_close(run("mapo", RAGGED, alpha=1.0), turn)
+    torch.testing.assert_close(run("mapo", RAGGED, alpha=0.0), batch)
+    torch.testing.assert_close(run("mapo", RAGGED, alpha=0.4, beta=0.9), 0.4 * turn + 0.9 * batch)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -68,16 +132,42 @@ def test_one_turn_is_grpo_for_any_weight(alpha):
     torch.testing.assert_close(got, run("grpo", rewards, groups))
 
 
-def test_a_constant_per_turn_leaves_the_turn_term_alone():
-    shifted = [[r + c for r, c in zip(row, (5, -3, 11), strict=True)] for row in CARD]
-    torch.testing.assert_close(run("turn", shifted), run("turn", CARD))
+def test_a_constant_per_turn_leaves_the_turn_term_alone_where_lengths_are_equal():
+    def shifted(rewards):
+        return [[r + c for r, c in zip(row, (5, -3, 11), strict=False)] for row in rewards]
+
+    torch.testing.assert_close(run("turn", shifted(CARD)), run("turn", CARD))
+    assert (run("turn", shifted(RAGGED)) - run("turn", RAGGED)).abs().max() > 0.1
 
 
-def test_means_are_zero():
-    reward, dialogue, turn, group = flat(RAGGED)
-    for t in range(3):
-        assert abs(estimate("turn", reward, dialogue, turn, group)[turn == t].mean()) < 1e-12
-    assert abs(run("batch", RAGGED).mean()) < 1e-12
+@pytest.mark.parametrize(
+    "name", ["mapo", "turn", "batch", "batch-returns", "grpo", "gigpo", "reinforce++"]
+)
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.1, 1e4))
+def test_scaling_all_rewards_changes_nothing(name, factor):
+    scaled = [[factor * r for r in row] for row in RAGGED]
+    got, expected = run(name, scaled, eps=1e-12), run(name, RAGGED, eps=1e-12)
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+
+
+@settings(deadline=None)
+@given(ragged())
+def test_means_are_zero(data):
+    reward, dialogue, turn, group = flat(*data)
+    by_turn = estimate("turn", reward, dialogue, turn, group)
+    by_batch = estimate("batch", reward, dialogue, turn, group)
+    for g in group.unique():
+        assert abs(by_batch[group == g].mean()) < 1e-7
+        for t in turn[group == g].unique():
+            assert abs(by_turn[(group == g) & (turn == t)].mean()) < 1e-7
+
+
+def test_a_lone_survivor_has_no_turn_term_and_two_have_no_size():
+    for gap in (1e-3, 1e3):
+        got = run("turn", [[0.0, 0, 5], [0, gap], [0]], gamma=0.0)
+        assert got[2] == 0
+        assert got[[1, 4]].tolist() == pytest.approx([-1, 1], abs=1e-4)
 
 
 def test_a_late_reward_credits_the_first_turn():
@@ -86,130 +176,151 @@ def test_a_late_reward_credits_the_first_turn():
     assert run("batch", late)[0] < 0
 
 
-def test_quasi_hyperbolic_discounting():
-    """Before scaling, centered MAPO is the gradient of r_t + alpha sum gamma^(s-t) r_s."""
-    gamma, alpha = 0.85, 0.37
-    rewards = torch.randn(1, 7, dtype=torch.float64)[0].tolist()
-    r = np.array(rewards)
-    mixed = alpha * np.array(oracle.returns([rewards], gamma)[0]) + (1 - alpha) * r
-    direct = [
-        r[t] + alpha * sum(gamma ** (s - t) * r[s] for s in range(t + 1, 7)) for t in range(7)
+def test_the_pool_is_the_group_or_the_batch():
+    rewards, groups = [[0.0, 1], [10, 12]], [0, 1]
+    assert run("batch", rewards, groups).tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-6)
+    got = run("batch", rewards, groups, batch_scope="batch")
+    assert (got[:2] < 0).all()
+    assert (got[2:] > 0).all()
+
+
+def test_reset_at_user_reproduces_the_old_defect():
+    """A reward at the last turn then reaches no earlier turn (docs/papers/mapo.md)."""
+    late = [[0.0, 0, 1], [0, 0, 0]]
+    good = run("reinforce++", late)
+    assert good[:3].tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    crippled = run("reinforce++", late, reset_at_user=True)
+    assert (crippled[:2] == crippled[3:5]).all()
+    torch.testing.assert_close(crippled, run("batch", late, batch_scope="batch"))
+
+
+@settings(deadline=None)
+@given(ragged(), st.floats(0, 1), st.floats(0, 1))
+def test_mapo_is_quasi_hyperbolic_discounting(data, gamma, alpha):
+    """Centered only, MAPO is r_t + alpha sum_{s>t} gamma^(s-t) r_s less a number per cell."""
+    rewards, groups = data
+    later = [
+        r[t] + alpha * sum(gamma ** (s - t) * r[s] for s in range(t + 1, len(r)))
+        for r in rewards
+        for t in range(len(r))
     ]
-    np.testing.assert_allclose(mixed, direct, atol=1e-12)
+    got = run("mapo", rewards, groups, gamma=gamma, alpha=alpha, scale=False)
+    baseline = (torch.tensor(later, dtype=torch.float64) - got).tolist()
+    _, _, turn, group = flat(rewards, groups)
+    cells = {}
+    for cell, number in zip(zip(group.tolist(), turn.tolist(), strict=True), baseline, strict=True):
+        assert cells.setdefault(cell, number) == pytest.approx(number, abs=1e-12)
 
 
-def _stop_go(group_size, estimator):
-    """Expected gradient of the card's stop/go chain, by enumerating every group of episodes."""
-    p, reward_go = 0.6, (1, -1, 0.5, 0.2)
-    episodes = []
-    for length in range(5):  # go `length` times, then stop (or reach the end)
-        stopped = length < 4
-        actions = [1] * length + ([0] if stopped else [])
-        rewards = [*reward_go[:length], *([0.0] if stopped else [])]
-        episodes.append((p**length * ((1 - p) if stopped else 1), actions, rewards))
-    total = np.zeros(4)
-    for combo in np.ndindex(*(len(episodes),) * group_size):
-        chosen = [episodes[i] for i in combo]
-        probability = np.prod([e[0] for e in chosen])
-        advantage = estimator([e[2] for e in chosen])
-        for (_, actions, _), line in zip(chosen, advantage, strict=True):
-            for t, action in enumerate(actions):
-                total[t] += probability * (action - p) * line[t] / group_size
-    return total
+# ---------------------------------------------------------------------- bias, in closed form
+
+ALIVE = oracle.GO ** np.arange(4)  # probability that a dialogue reaches turn t
 
 
-def _centered(values):
-    out = [list(row) for row in values]
-    for t in range(max(len(row) for row in values)):
-        peers = [row[t] for row in values if t < len(row)]
-        for row in out:
-            if t < len(row):
-                row[t] -= sum(peers) / len(peers)
-    return out
+def stop_go(name, size, **options):
+    """Exact expected gradient on the stop/go chain, and what rewards give it."""
+    groups = oracle.stop_go_groups(size)
+    rewards = [r for _, dialogues in groups for _, r in dialogues]
+    ids = [g for g in range(len(groups)) for _ in range(size)]
+    return oracle.stop_go_gradient(groups, run(name, rewards, ids, **options).tolist())
 
 
-def test_bias_of_turn_centering_on_the_stop_go_chain():
-    true = np.array([0.149568, -0.090432, 0.053568, 0.010368])
-    myopic = np.array([0.24, -0.144, 0.0432, 0.010368])
-    alive = 0.6 ** np.arange(4)  # probability that an episode reaches turn t
-    shrink = 1 - (1 - (1 - alive) ** 4) / (4 * alive)
-    np.testing.assert_allclose(shrink[:3], [0.75, 0.594, 0.422], atol=6e-4)
-
-    def returns(rewards):
-        return oracle.returns(rewards, 1.0)
-
-    np.testing.assert_allclose(_stop_go(1, returns), true, atol=1e-6)
-    got = _stop_go(4, lambda r: _centered(returns(r)))
-    np.testing.assert_allclose(got / true, shrink, atol=1e-4)
-    accumulated = _stop_go(4, lambda r: returns(_centered(r)))
-    np.testing.assert_allclose(accumulated / myopic, shrink, atol=1e-4)
-    np.testing.assert_allclose(_stop_go(1, lambda r: r), myopic, atol=1e-6)
+def test_the_chain_has_the_gradients_of_the_card():
+    true, myopic = oracle.true_gradient(), oracle.myopic_gradient()
+    np.testing.assert_allclose(true, [0.149568, -0.090432, 0.053568, 0.010368], atol=1e-12)
+    np.testing.assert_allclose(myopic, [0.24, -0.144, 0.0432, 0.010368], atol=1e-12)
+    np.testing.assert_allclose(stop_go("reinforce", 1), true, atol=1e-12)
+    np.testing.assert_allclose(stop_go("reinforce", 1, gamma=0.0), myopic, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-class TestEveryEstimator:
-    @pytest.mark.parametrize(
-        "rewards",
-        [
-            [[2.0]],
-            [[1.0, 1, 1], [1, 1, 1]],
-            [[NAN, 1.0], [2.0, NAN], [3.0, 4.0]],
-            [[NAN], [NAN]],
-            [[1.0], [float(t) for t in range(12)]],
-            [[float("inf"), 1.0], [0.0, 2.0]],
-        ],
-    )
-    def test_hard_batches_are_finite(self, name, rewards):
-        got = run(name, rewards)
-        assert torch.isfinite(got).all()
-        unknown = ~torch.isfinite(flat(rewards)[0])
-        assert (got[unknown] == 0).all()
-
-    def test_permuting_rows_permutes_advantages(self, name):
-        reward, dialogue, turn, group = flat([*RAGGED, [4.0, 1]], [0, 1, 0, 1])
-        options = {"value": reward.sin()} if name == "ppo" else {}
-        whole = estimate(name, reward, dialogue, turn, group, **options)
-        order = torch.randperm(len(reward), generator=torch.Generator().manual_seed(3))
-        if options:
-            options = {"value": options["value"][order]}
-        mixed = estimate(name, *(x[order] for x in (reward, dialogue, turn, group)), **options)
-        torch.testing.assert_close(mixed, whole[order])
-
-    def test_masked_rows_influence_nothing(self, name):
-        rewards = [[1.0, 2], [3.0, 5], [0.0, 1]]
-        reward, dialogue, turn, group = flat(rewards)
-        mask = torch.tensor([True, True, True, False, True, True])
-        options = {"value": torch.zeros(6, dtype=torch.float64)} if name == "ppo" else {}
-        first = estimate(name, reward, dialogue, turn, group, mask, **options)
-        reward = reward.masked_fill(~mask, 1e6)
-        second = estimate(name, reward, dialogue, turn, group, mask, **options)
-        torch.testing.assert_close(first, second)
-        assert first[3] == 0
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_keeps_dtype_and_input(self, name, dtype):
-        reward, dialogue, turn, group = flat(RAGGED, dtype=dtype)
-        before = reward.clone()
-        options = {"value": reward.float()} if name == "ppo" else {}
-        got = estimate(name, reward, dialogue, turn, group, **options)
-        assert got.dtype == dtype
-        assert torch.equal(reward, before)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_turns_own_mean_keeps_the_direction_and_shrinks_late_turns(size):
+    shrink = 1 - (1 - (1 - ALIVE) ** size) / (size * ALIVE)  # 1 - P(n >= 1) / E[n]
+    if size == 4:
+        np.testing.assert_allclose(shrink, [0.75, 0.594, 0.4221, 0.2799], atol=5e-5)
+    got = stop_go("turn", size, gamma=1.0, scale=False)
+    np.testing.assert_allclose(got, shrink * oracle.true_gradient(), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mapo", "turn", "batch", "grpo", "batch-returns", "gigpo"])
-def test_scaling_all_rewards_changes_nothing(name):
-    scaled = [[1000 * r for r in row] for row in RAGGED]
-    torch.testing.assert_close(run(name, scaled), run(name, RAGGED), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_mean_of_the_others_shrinks_less(size):
+    kept = 1 - (1 - ALIVE) ** (size - 1)  # 1 - P(n = 1) / E[n]
+    if size == 4:
+        np.testing.assert_allclose(kept, [1, 0.936, 0.7379, 0.5181], atol=5e-5)
+    got = stop_go("turn", size, gamma=1.0, scale=False, baseline="loo")
+    np.testing.assert_allclose(got, kept * oracle.true_gradient(), atol=1e-12)
+
+
+def test_rewards_centered_first_and_summed_afterwards_are_myopic():
+    """The defect raised in verl-project/verl#7244: every future value becomes zero."""
+    groups = oracle.stop_go_groups(4)
+    rewards = [r for _, dialogues in groups for _, r in dialogues]
+    ids = [g for g in range(len(groups)) for _ in range(4)]
+    reward, dialogue, turn, group = flat(rewards, ids)
+    for baseline, kept in (
+        ("mean", 1 - (1 - (1 - ALIVE) ** 4) / (4 * ALIVE)),
+        ("loo", 1 - (1 - ALIVE) ** 3),
+    ):
+        centered = estimate(
+            "turn", reward, dialogue, turn, group, gamma=0.0, scale=False, baseline=baseline
+        )
+        summed = estimate("reinforce", centered, dialogue, turn, group)
+        got = oracle.stop_go_gradient(groups, summed.tolist())
+        np.testing.assert_allclose(got, kept * oracle.myopic_gradient(), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_pooled_reward_is_myopic(size):
+    """But for a dialogue's own part in the mean of its pool: one over the group's size."""
+    gap = np.abs(stop_go("batch", size, scale=False) - oracle.myopic_gradient()).max()
+    assert gap * size == pytest.approx(0.0625, abs=0.0005)
+
+
+def test_mapo_mixes_the_two_gradients():
+    mixed = stop_go("mapo", 3, gamma=1.0, alpha=0.3, scale=False)
+    turn = stop_go("turn", 3, gamma=1.0, scale=False)
+    batch = stop_go("batch", 3, scale=False)
+    np.testing.assert_allclose(mixed, 0.3 * turn + 0.7 * batch, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- the others, by hand
 
 
 def test_rloo_by_hand():
     assert run("rloo", [[1.0, 1], [4], [0, 0]]).tolist() == [0, 0, 3, -3, -3]
 
 
+def test_gigpo_compares_turns_that_started_from_the_same_state():
+    rewards = [[0.0, 1], [0, 0]]
+    anchor = torch.tensor([7, 3, 3, 9])
+    got = run("gigpo", rewards, anchor=anchor, gamma=1.0, eps=0.0)
+    episode = np.array([1, 1, -1, -1]) / np.sqrt(2)
+    step = np.array([0, 1, -1, 0]) / np.sqrt(2)
+    assert got.tolist() == pytest.approx((episode + step).tolist())
+    got = run("gigpo", rewards, gamma=1.0, eps=0.0, weight=0.0)
+    assert got.tolist() == pytest.approx(episode.tolist())
+
+
+def test_an_agent_is_credited_by_its_own_rewards():
+    """Two seats speak in turn; the second earns nothing by what the first is given."""
+    reward, dialogue, turn, group = flat([[1.0, 0, 1, 0], [0, 0, 0, 0]])
+    got = estimate("grpo", reward, dialogue, turn, group, agent=turn % 2, eps=0.0)
+    assert got[turn % 2 == 1].tolist() == [0, 0, 0, 0]
+    assert got[turn % 2 == 0].tolist() == pytest.approx(np.array([1, 1, -1, -1]) / np.sqrt(2))
+
+
+# ---------------------------------------------------------------------- tokens, diagnosis, errors
+
+
 def test_tokens_take_the_advantage_of_their_turn():
     rows = torch.tensor([[-1, 0, 0, -1, 1], [2, -1, -1, -1, -1]])
     got = to_tokens(torch.tensor([1.0, 2, 3]), rows)
     assert got.tolist() == [[0, 1, 1, 0, 2], [3, 0, 0, 0, 0]]
+    assert to_tokens(torch.zeros(0), torch.tensor([[-1, -1]])).tolist() == [[0, 0]]
+    assert to_tokens(torch.ones(3), torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0)
+    for row in (-2, 3):
+        with pytest.raises(InputError, match=r"turn_row must be in -1\.\.2"):
+            to_tokens(torch.zeros(3), torch.tensor([row]))
 
 
 def test_diagnosis():
@@ -217,6 +328,16 @@ def test_diagnosis():
     assert found.survivors == [3, 2, 1]
     assert found.zero_variance == pytest.approx(1 / 3)
     assert -1 <= found.correlation <= 1
+    assert diagnose(*flat([[1.0], [2], [4]])).correlation == pytest.approx(1)
+
+
+def test_diagnosis_of_a_batch_that_says_nothing():
+    assert diagnose(*flat([])) == diagnose(*flat([[NAN, INF]]))
+    found = diagnose(*flat([[1.0, 1], [1, 1]]))
+    assert (found.zero_variance, found.ratio, found.correlation) == (1, 0, 0)
+    reward, dialogue, turn, group = flat([[1.0, 0], [3, 7]])
+    mask = turn == 0
+    assert diagnose(reward, dialogue, turn, group, mask).survivors == [2]
 
 
 @pytest.mark.parametrize(
@@ -225,14 +346,22 @@ def test_diagnosis():
         ({"name": "nope"}, "estimator must be one of mapo"),
         ({"reward": torch.ones(2, dtype=torch.int64)}, "reward must be floating"),
         ({"turn": torch.tensor([0])}, "turn must be int64 of shape"),
+        ({"agent": torch.zeros(2)}, "agent must be int64 of shape"),
         ({"group": torch.tensor([0, -1])}, "group must not be negative"),
-        ({"dialogue": torch.tensor([0, 0]), "turn": torch.tensor([1, 1])}, "stand once"),
+        ({"dialogue": torch.tensor([0, 0]), "turn": torch.tensor([1, 1])}, "stand once; .0, 1. is"),
         ({"dialogue": torch.tensor([0, 0]), "group": torch.tensor([0, 1])}, "two groups"),
+        ({"batch": torch.tensor([0, 1])}, "group 0 stands in two batches"),
         ({"mask": torch.ones(2)}, "mask must be bool"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, "mask and reward must have the same shape"),
         ({"name": "ppo"}, "ppo needs value"),
-        ({"no_such_option": 1}, "no_such_option"),
-        ({"batch_scope": "world"}, "batch_scope"),
-        ({"baseline": "median"}, "baseline"),
+        ({"name": "ppo", "value": torch.ones(3)}, "value must have the same shape"),
+        ({"name": "ppo", "value": torch.tensor([0, NAN])}, "value must be finite"),
+        ({"name": "gigpo", "anchor": torch.ones(2)}, "anchor must be int64"),
+        ({"no_such_option": 1}, "mapo has no option 'no_such_option'; it has gamma"),
+        ({"name": "rloo", "gamma": 1}, "rloo has no option 'gamma'; it has none"),
+        ({"batch_scope": "world"}, "batch_scope must be group or batch"),
+        ({"baseline": "median"}, "baseline must be mean or loo"),
+        ({"gamma": 1.5}, "gamma must be in 0..1"),
     ],
 )
 def test_bad_input_is_named(change, words):

@@ -304,7 +304,7 @@ class Estimator:
             raise InputError(f"{self.name} needs {', '.join(missing)}")
         unknown = [name for name in options if name not in self.options]
         if unknown:
-            known = ", ".join(self.options)
+            known = ", ".join(self.options) or "none"
             raise InputError(f"{self.name} has no option {unknown[0]!r}; it has {known}")
         rows = {"reward": reward, "dialogue": dialogue, "turn": turn, "group": group}
         rows.update({n: x for n, x in (("agent", agent), ("batch", batch)) if x is not None})

@@ -211,19 +211,14 @@ def token_gae(
         )
     _check_weights(gamma, lam)
     mask = response_mask.bool()
-    reward, value = reward.masked_fill(~mask, 0), value.masked_fill(~mask, 0)
-    if reset_at_user:
-        # The value after a reply's last token is taken as zero, as the value of a user's token is.
-        delta = reward + gamma * pad(value[..., 1:], (0, 1)) - value
-        delta = delta.masked_fill(~mask, 0)
-        return discounted_cumsum(delta, gamma * lam * mask).masked_fill(~mask, 0)
+    r, v = (_accumulable(x).masked_fill(~mask, 0) for x in (reward, value))
     # Between replies the scan carries its sum on undiscounted, and the value looked ahead to is
-    # that of the next response token.
-    ahead = discounted_cumsum(value, (~mask).to(value.dtype))
-    following = pad(ahead[..., 1:], (0, 1))
-    delta = (reward + gamma * following - value).masked_fill(~mask, 0)
-    factor = torch.ones_like(value).masked_fill(mask, gamma * lam)
-    return discounted_cumsum(delta, factor).masked_fill(~mask, 0)
+    # that of the next response token; or else both are zero there.
+    carried = torch.full_like(v, 0.0 if reset_at_user else 1.0)
+    ahead = v if reset_at_user else discounted_cumsum(v, carried.masked_fill(mask, 0))
+    delta = (r + gamma * pad(ahead[..., 1:], (0, 1)) - v).masked_fill(~mask, 0)
+    advantage = discounted_cumsum(delta, carried.masked_fill(mask, gamma * lam))
+    return advantage.masked_fill(~mask, 0).to(reward.dtype)
 
 
 def _scan(y: Tensor, weight: Tensor, longest: int) -> Tensor:
