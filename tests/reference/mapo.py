@@ -159,6 +159,20 @@ ESTIMATORS = {
 }
 
 
+def policy_loss(log_ratio, advantage, unit, weight, low, high, dual):
+    """Clipped surrogate by tokens; those of a unit share the geometric mean of their ratios."""
+    total, clipped_weight = 0.0, 0.0
+    for k, a in enumerate(advantage):
+        mates = [x for x, u in zip(log_ratio, unit, strict=True) if u == unit[k]]
+        ratio = np.exp(sum(mates) / len(mates))
+        gain = min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
+        if a < 0 and dual:
+            gain = max(gain, dual * a)
+        total -= weight[k] * gain
+        clipped_weight += weight[k] * (gain != ratio * a)
+    return total, clipped_weight
+
+
 # Credit on the stop/go chain ------------------------------------------------------------------
 # Four turns; at each the policy goes on with probability 0.6 for the reward (1, -1, .5, .2) or
 # stops for 0, which ends the dialogue. One logit per turn; gamma 1.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from normkit.errors import InputError
 from normkit.rl.loss import PolicyLossConfig, aggregation_weights, kl_estimate, policy_loss
+from tests.reference import mapo as oracle
 
 TURN = torch.tensor([0, 0, 0, 1, 1])
 DIALOGUE = torch.tensor([0, 0, 0, 0, 0])
@@ -29,6 +33,78 @@ def test_the_worked_ratios_of_the_st_ppo_card():
     turn, metrics = loss_of(LOG_RATIO, clip_high=0.2, ratio="turn")
     assert turn.item() == pytest.approx(-(3 * 1.068939 + 2 * 1.025315) / 5, abs=1e-6)
     assert metrics["clip_fraction"] == 0
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(-4, 4),
+            st.floats(-3, 3),
+            st.floats(0, 1),
+            st.integers(0, 3),
+            st.integers(0, 1),
+        ),
+        max_size=12,
+    ),
+    st.sampled_from(["token", "turn", "sequence"]),
+    st.sampled_from([0, 3, 10]),
+)
+def test_the_loss_is_its_reference(tokens, level, dual):
+    columns = list(zip(*tokens, strict=True)) or [()] * 5
+    log_ratio, advantage, weight = (torch.tensor(c, dtype=torch.float64) for c in columns[:3])
+    turn, dialogue = (torch.tensor(c, dtype=torch.int64) for c in columns[3:])
+    turn = turn + 4 * dialogue
+    config = PolicyLossConfig(ratio=level, dual_clip=dual)
+    loss, metrics = policy_loss(
+        log_ratio, torch.zeros_like(log_ratio), advantage, turn, dialogue, weight, config
+    )
+    unit = {"token": range(len(tokens)), "turn": turn.tolist(), "sequence": columns[4]}[level]
+    expected, clipped = oracle.policy_loss(*columns[:2], list(unit), columns[2], 0.2, 0.28, dual)
+    np.testing.assert_allclose(loss.item(), expected, atol=1e-9)
+    np.testing.assert_allclose(metrics["clip_fraction"].item(), clipped, atol=1e-9)
+
+
+@pytest.mark.parametrize("level", ["token", "turn", "sequence"])
+def test_a_policy_that_moved_too_far_has_a_finite_loss(level):
+    log_ratio = torch.tensor([900.0, -900, 900, 900, 5], requires_grad=True)
+    advantage = torch.tensor([0.0, 1, -1, 0, 1])
+    loss, metrics = loss_of(log_ratio, advantage, ratio=level)
+    loss.backward()
+    assert loss.isfinite()
+    assert log_ratio.grad.isfinite().all()
+    assert metrics["ratio"].isfinite()
+
+
+@pytest.mark.parametrize("level", ["token", "turn", "sequence"])
+def test_parts_of_a_batch_add_up_to_the_batch(level):
+    """What gradient accumulation and data parallelism rest on."""
+    generator = torch.Generator().manual_seed(0)
+    dialogue = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    turn = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+    new, old, reference, entropy, advantage = torch.randn(5, 7, generator=generator).double()
+    weight = aggregation_weights(turn, dialogue, level)
+    assert weight.sum().item() == pytest.approx({"token": 7, "turn": 4, "sequence": 3}[level])
+    config = PolicyLossConfig(ratio=level, aggregate=level, kl_weight=0.1, entropy_weight=0.01)
+
+    def loss(chosen):
+        rows = (new, old, advantage, turn, dialogue, weight / weight.sum())
+        return policy_loss(*(x[chosen] for x in rows), config, reference[chosen], entropy[chosen])[
+            0
+        ]
+
+    whole = loss(torch.ones(7, dtype=torch.bool))
+    torch.testing.assert_close(loss(dialogue == 0) + loss(dialogue > 0), whole)
+
+
+def test_divergence_and_entropy_enter_with_their_weights():
+    old = torch.full((5,), -2.0, dtype=torch.float64)
+    rows = (old, old, ADVANTAGE, TURN, DIALOGUE, WEIGHT)
+    plain, _ = policy_loss(*rows, PolicyLossConfig())
+    config = PolicyLossConfig(kl="k2", kl_weight=0.5, entropy_weight=0.25)
+    loss, metrics = policy_loss(*rows, config, old + 2, torch.full_like(old, 3))
+    assert (metrics["kl"].item(), metrics["entropy"].item()) == pytest.approx((2, 3))
+    assert (loss - plain).item() == pytest.approx(0.5 * 2 - 0.25 * 3)
 
 
 @pytest.mark.parametrize("level", ["token", "turn", "sequence"])
@@ -85,8 +161,20 @@ def test_the_gradient_of_k2_is_that_of_the_divergence():
 
 
 @pytest.mark.parametrize(
-    "options", [{"ratio": "word"}, {"aggregate": "word"}, {"clip_low": 1.0}, {"dual_clip": 0.5}]
+    "options",
+    [
+        {"ratio": "word"},
+        {"aggregate": "word"},
+        {"clip_low": 1.0},
+        {"dual_clip": 0.5},
+        {"kl": "k4"},
+    ],
 )
 def test_bad_options_are_named(options):
     with pytest.raises(InputError, match=next(iter(options))):
         PolicyLossConfig(**options)
+
+
+def test_an_unknown_level_is_named():
+    with pytest.raises(InputError, match="level must be token, turn or sequence"):
+        aggregation_weights(TURN, DIALOGUE, "word")

@@ -17,6 +17,8 @@ from normkit.functional.moments import segment_moments
 Level = Literal["token", "turn", "sequence"]
 KL = Literal["k1", "k2", "k3"]
 
+_LARGEST = 20.0  # |log ratio| that is told apart; exp(20) is far outside of any clipping range
+
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
@@ -44,11 +46,10 @@ class PolicyLossConfig:
     entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("ratio", "aggregate"):
-            if getattr(self, name) not in ("token", "turn", "sequence"):
-                raise InputError(
-                    f"{name} must be token, turn or sequence, got {getattr(self, name)!r}"
-                )
+        _check_level("ratio", self.ratio)
+        _check_level("aggregate", self.aggregate)
+        if self.kl not in ("k1", "k2", "k3"):
+            raise InputError(f"kl must be k1, k2 or k3, got {self.kl!r}")
         if not 0 <= self.clip_low < 1 or self.clip_high < 0:
             raise InputError("clip_low must be in [0, 1) and clip_high at least 0")
         if self.dual_clip != 0 and self.dual_clip <= 1:
@@ -93,7 +94,11 @@ def aggregation_weights(turn: Tensor, dialogue: Tensor, level: Level) -> Tensor:
 
     Returns:
         ``[M]``; 1 for tokens, else one over the length of the token's unit.
+
+    Raises:
+        InputError: for an unknown level.
     """
+    _check_level("level", level)
     if level == "token":
         return torch.ones_like(turn, dtype=torch.float32)
     unit = turn if level == "turn" else dialogue
@@ -138,7 +143,8 @@ def policy_loss(
         unit = turn if config.ratio == "turn" else dialogue
         size = int(unit.max()) + 1 if unit.numel() else 0
         log_ratio = segment_moments(log_ratio, unit, size).center[unit]
-    ratio = log_ratio.exp()
+    # Without bounds a policy that moved too far has ratio infinity, and 0 * inf is NaN.
+    ratio = log_ratio.clamp(-_LARGEST, _LARGEST).exp()
     plain = ratio * advantage
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
     surrogate = torch.minimum(plain, clipped)
@@ -163,3 +169,8 @@ def policy_loss(
         metrics["entropy"] = total.detach()
         loss = loss - config.entropy_weight * total
     return loss, metrics
+
+
+def _check_level(name: str, level: str) -> None:
+    if level not in ("token", "turn", "sequence"):
+        raise InputError(f"{name} must be token, turn or sequence, got {level!r}")
