@@ -114,6 +114,15 @@ def test_estimators_are_compared(capsys, log, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_comparison_gives_each_estimator_the_options_it_has(capsys, log):
+    rows = turn_rows(read_judged(log))
+    found = run(capsys, log, "--estimator", "grpo", "--compare", "turn", "--gamma", 0.5)
+    columns = [estimate("grpo", *rows), estimate("turn", *rows, gamma=0.5)]
+    known = torch.isfinite(rows[0])
+    expected = torch.corrcoef(torch.stack(columns)[:, known])[0, 1]
+    assert found["correlations"]["matrix"][0][1] == pytest.approx(float(expected))
+
+
 def test_tables_for_people(capsys, log):
     assert main(["advantages", str(log), "--compare", "grpo"]) == 0
     said = capsys.readouterr().out
@@ -141,7 +150,11 @@ def test_a_users_copy(empa_dir, capsys, tmp_path):
         (("--estimator", "nope"), "estimator must be one of"),
         (("--estimator", "ppo"), "estimator 'ppo' needs a critic"),
         (("--compare", "ppo"), "estimator 'ppo' needs a critic"),
-        (("--estimator", "grpo", "--alpha", "1"), "grpo has no option 'alpha'"),
+        (("--estimator", "grpo", "--alpha", "1"), "alpha is no option of grpo"),
+        (
+            ("--estimator", "grpo", "--compare", "rloo", "--alpha", "1"),
+            "alpha is no option of grpo or of rloo",
+        ),
     ],
 )
 def test_flags_that_cannot_be_met(capsys, log, flags, message):

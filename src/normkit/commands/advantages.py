@@ -60,20 +60,25 @@ class CreditOptions:
     plot: Path | None = None
     json: bool = False
 
-    @property
-    def estimators(self) -> list[str]:
-        """Names of all estimators asked for, each once, aliases resolved."""
-        named = [get_estimator(name) for name in (self.estimator, *self.compare)]
-        if critics := [e.name for e in named if e.needs]:
-            raise InputError(f"estimator {critics[0]!r} needs a critic; files have none")
-        return list(dict.fromkeys(e.name for e in named))
+    def estimators(self) -> dict[str, dict[str, Any]]:
+        """Every estimator asked for, with those of the given options that it has.
 
-    def given(self, estimator: str) -> dict[str, Any]:
-        """The options to pass on; one that only ``compare`` asks for is given those it has."""
-        given = {"gamma": self.gamma, "alpha": self.alpha, "batch_scope": self.batch_scope}
-        known = get_estimator(estimator).options
-        main = estimator == get_estimator(self.estimator).name
-        return {k: v for k, v in given.items() if v is not None and (main or k in known)}
+        Raises:
+            InputError: for an estimator that files do not suffice for, or an option that none has.
+        """
+        named = {e.name: e for e in map(get_estimator, (self.estimator, *self.compare))}
+        for estimator in named.values():
+            if estimator.needs:
+                raise InputError(f"estimator {estimator.name!r} needs a critic; files have none")
+        options = {"gamma": self.gamma, "alpha": self.alpha, "batch_scope": self.batch_scope}
+        given = {name: value for name, value in options.items() if value is not None}
+        for option in given:
+            if not any(option in estimator.options for estimator in named.values()):
+                raise InputError(f"{option} is no option of {' or of '.join(named)}")
+        return {
+            name: {option: given[option] for option in given if option in estimator.options}
+            for name, estimator in named.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,14 @@ class JudgedDialogue:
 def main(arguments: Sequence[str]) -> None:
     """Run ``normkit advantages``."""
     options = tyro.cli(CreditOptions, args=arguments, prog="normkit advantages")
-    names = options.estimators
+    estimators = options.estimators()
     dialogues = [dialogue for path in options.files for dialogue in read_judged(path)]
     if not any(dialogue.rewards for dialogue in dialogues):
         raise InputError("files must hold judged dialogues, got none with a turn")
     rows = turn_rows(dialogues)
-    credit = {name: estimate(name, *rows, **options.given(name)) for name in names}
+    credit = {name: estimate(name, *rows, **given) for name, given in estimators.items()}
     gamma: dict[str, Any] = {} if options.gamma is None else {"gamma": options.gamma}
+    names = list(credit)
     found: dict[str, Any] = {"estimator": names[0], **vars(diagnose(*rows, **gamma))}
     if len(names) > 1:
         known = torch.isfinite(rows[0])
