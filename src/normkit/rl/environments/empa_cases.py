@@ -54,6 +54,7 @@ _LABELS = (
     "隐形成长主线脉络",
     "现在的人生愿景与动力",
 )
+_ONE_LINE = ("姓名", "年龄")
 _LABEL = re.compile(rf"\s*(?:[-*]\s*)?({'|'.join(_LABELS)})(?:[（(][^）)]*[）)])?\s*[:：](.*)")
 _HEADING = re.compile(r"\s*#+\s*(.*?)\s*")
 _TAG = re.compile(r"</?[a-z_]+>")
@@ -155,8 +156,8 @@ def _sheet(path: Path) -> _Sheet:
         if heading := _HEADING.fullmatch(line):
             current = heading[1]
         elif label := _LABEL.fullmatch(line):
-            current = label[1]
-            sections.setdefault(current, []).append(label[2])
+            sections.setdefault(label[1], []).append(label[2])
+            current = "" if label[1] in _ONE_LINE else label[1]
         elif current:
             sections.setdefault(current, []).append(line)
     joined = {name: "\n".join(lines).strip() for name, lines in sections.items()}
