@@ -58,7 +58,7 @@ def test_a_case_is_read_whole(root):
 
 
 def test_what_follows_a_name_is_not_part_of_it(root):
-    longer = sheet().replace("姓名：小禾", "姓名：小禾\n示例参考：\n  大禾：早。")
+    longer = sheet().replace("姓名：小禾", "姓名：小禾\n示例参考：\n  大禾：早。\n姓名：XX")
     write(root / "empa" / "data" / "cases", longer, "script_902.md")
     assert load_empa(root)[1].persona.name == "小禾"
 

@@ -55,6 +55,7 @@ _LABELS = (
     "现在的人生愿景与动力",
 )
 _ONE_LINE = ("姓名", "年龄")
+"""Said once; what stands below, or under the same label later, is an example of a dialogue."""
 _LABEL = re.compile(rf"\s*(?:[-*]\s*)?({'|'.join(_LABELS)})(?:[（(][^）)]*[）)])?\s*[:：](.*)")
 _HEADING = re.compile(r"\s*#+\s*(.*?)\s*")
 _TAG = re.compile(r"</?[a-z_]+>")
@@ -156,8 +157,12 @@ def _sheet(path: Path) -> _Sheet:
         if heading := _HEADING.fullmatch(line):
             current = heading[1]
         elif label := _LABEL.fullmatch(line):
-            sections.setdefault(label[1], []).append(label[2])
-            current = "" if label[1] in _ONE_LINE else label[1]
+            current = label[1]
+            if current in _ONE_LINE:
+                sections.setdefault(current, [label[2]])
+                current = ""
+            else:
+                sections.setdefault(current, []).append(label[2])
         elif current:
             sections.setdefault(current, []).append(line)
     joined = {name: "\n".join(lines).strip() for name, lines in sections.items()}
