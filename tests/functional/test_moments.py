@@ -81,23 +81,44 @@ def test_a_constant_group_is_exactly_zero(dtype, value, n):
         ids = torch.zeros(2 * n, dtype=torch.int64)
         assert (segment_moments(x.flatten(), ids, 1, kind=kind).scale == 0).all()
         assert (segment_normalize(x.flatten(), ids, 1, kind=kind) == 0).all()
+        assert (normalize(x, 1, kind=kind, eps=0) == 0).all()
+        assert (segment_normalize(x.flatten(), ids, 1, kind=kind, eps=0) == 0).all()
 
 
-def test_half_precision_is_accumulated_in_float32():
-    x = torch.full((4096,), 0.01, dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_accumulated_in_float32(dtype, kind):
+    x = torch.full((4096,), 0.01, dtype=dtype)
     x[::2] = 0.03
-    result = moments(x, 0)
-    assert result.center.dtype == torch.float32
-    torch.testing.assert_close(result.center.item(), x.double().mean().item(), rtol=1e-6, atol=0)
-    assert normalize(x, 0).dtype == torch.bfloat16
+    ids = torch.zeros(4096, dtype=torch.int64)
+    expected = group_moments(x.double().numpy(), kind)
+    for center, scale, n in (moments(x, 0, kind=kind), segment_moments(x, ids, 1, kind=kind)):
+        assert center.dtype == scale.dtype == n.dtype == torch.float32
+        np.testing.assert_allclose([center.item(), scale.item()], expected, rtol=1e-5)
+    assert normalize(x, 0).dtype == segment_normalize(x, ids, 1).dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_segment_is_as_exact_as_a_dense_group(kind):
+    x = 3 + torch.rand(300_000, generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(len(x), dtype=torch.int64)
+    expected = group_moments(x.double().numpy(), kind)
+    for center, scale, _ in (moments(x, 0, kind=kind), segment_moments(x, ids, 1, kind=kind)):
+        np.testing.assert_allclose([center.item(), scale.item()], expected, rtol=1e-6)
 
 
 def test_a_large_offset_loses_no_variance():
     noise = torch.randn(512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = (1e4 + noise).float()
-    assert moments(x, 0).scale.item() == pytest.approx(
-        x.double().std(correction=0).item(), rel=1e-6
-    )
+    ids = torch.zeros(512, dtype=torch.int64)
+    expected = normalize(x.double(), 0)
+    for scale, out in (
+        (moments(x, 0).scale, normalize(x, 0)),
+        (segment_moments(x, ids, 1).scale, segment_normalize(x, ids, 1)),
+    ):
+        assert scale.item() == pytest.approx(x.double().std(correction=0).item(), rel=1e-6)
+        # The center itself is rounded to 1e-3 at this offset; the deviations from it are not.
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,6 +160,27 @@ def test_the_gradient_of_a_constant_group_is_finite():
     x = torch.full((2, 3), 1e4, requires_grad=True)
     (normalize(x, 1).sum() + moments(x, 1).scale.sum()).backward()
     assert torch.isfinite(x.grad).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows, st.sampled_from(KINDS), st.integers(0, 2), st.sampled_from([0.0, 1e-8, 1.0]))
+def test_normalizing_agrees_with_numpy(data, kind, ddof, eps):
+    x, ids, mask = _segments(data)
+    got = segment_normalize(x, ids, 5, mask, kind, ddof, eps)
+    for i in range(len(x)):
+        center, scale = group_moments(x[(ids == ids[i]) & mask].numpy(), kind, ddof)
+        scale = (scale**0.5 if kind == "quadratic" else scale) + eps
+        if not mask[i]:
+            assert got[i] == 0
+        elif scale > 1e-6:
+            assert got[i].item() == pytest.approx((x[i].item() - center) / scale, abs=1e-6)
+
+
+def test_the_gradient_of_a_group_with_one_constant_feature_is_finite_without_eps():
+    x = torch.tensor([[1.0, 5.0], [2.0, 5.0], [4.0, 5.0]], requires_grad=True)
+    for out in (normalize(x, 0, eps=0), segment_normalize(x, torch.zeros(3).long(), 1, eps=0)):
+        (grad,) = torch.autograd.grad(out.pow(3).sum(), x)
+        assert torch.isfinite(grad).all()
 
 
 def test_empty_groups_and_groups_of_one():

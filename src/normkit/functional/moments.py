@@ -12,9 +12,10 @@ kind          center  scale
                       Normalization smooth *before* taking the root
 ============  ======  =====================================================================
 
-Half-precision input is accumulated in float32. Deviations are taken from a member of the group
-before they are averaged, so that a constant group has exactly its value as center and exactly zero
-as deviation, at any offset; the derivative of a root at zero is taken as zero.
+Half-precision input is accumulated in float32, ragged sums in float64. Deviations are taken from a
+member of the group before they are averaged, so that a constant group has exactly its value as
+center and exactly zero as deviation, at any offset; the derivative of a root at zero is taken as
+zero.
 
 Shapes: ``*`` any dimensions of ``x``; N rows of a ragged batch; S segments; D trailing features.
 """
@@ -221,8 +222,12 @@ def _ragged(
         values = x if inside is None else x.masked_fill(~inside, -torch.inf)
         return x.new_full(shape, -torch.inf).scatter_reduce(0, ids, values, "amax")
 
+    # A scatter adds one value after the other: in float32 a million of them lose four digits.
+    wide = x.dtype if x.device.type == "mps" else torch.float64
+
     def total(values: Tensor) -> Tensor:
-        return values.new_zeros(shape).scatter_add(0, ids, values)
+        empty = values.new_zeros(shape, dtype=wide)
+        return empty.scatter_add(0, ids, values.to(wide)).to(values.dtype)
 
     def spread(group: Tensor) -> Tensor:
         return group.index_select(0, segment_ids)
