@@ -31,4 +31,20 @@ CASES = [
     LayerCase("RMSNorm-no-affine", partial(nn.RMSNorm, 6, elementwise_affine=False), tokens(6)),
     LayerCase("RMSNorm-zero-centered", partial(nn.RMSNorm, 6, zero_centered=True), tokens(6)),
     LayerCase("CRMSNorm", partial(nn.CRMSNorm, 5), tokens(4, 5)),
+    LayerCase("LNLSTMCell", partial(nn.LNLSTMCell, 3, 4), tokens(3)),
+    LayerCase("LNGRUCell", partial(nn.LNGRUCell, 3, 4), tokens(3)),
+    LayerCase("LNLSTM", partial(nn.LNLSTM, 3, 4, batch_first=True), tokens(3, 3)),
+    LayerCase("LNGRU", partial(nn.LNGRU, 3, 4, batch_first=True), tokens(3, 3)),
+    LayerCase(
+        "LNLSTM-two-ways-per-gate",
+        partial(nn.LNLSTM, 3, 2, batch_first=True, bidirectional=True, per_gate=True),
+        tokens(2, 3),
+        skip={"second_gradients": "slow, and the same as of LNLSTM"},
+    ),
+    LayerCase(
+        "LNGRU-two-ways-no-bias",
+        partial(nn.LNGRU, 3, 2, bias=False, batch_first=True, bidirectional=True),
+        tokens(2, 3),
+        skip={"second_gradients": "slow, and the same as of LNGRU"},
+    ),
 ]
