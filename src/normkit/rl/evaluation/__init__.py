@@ -1,0 +1,1 @@
+"""Evaluation of chat models: readers and scorers of benchmarks, and played dialogues."""
