@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace as changed
 
 import pytest
 from hypothesis import given, settings
@@ -500,3 +501,16 @@ def test_names_must_be_unique_and_known():
 def test_options_are_checked(options, words):
     with pytest.raises(InputError, match=words):
         EmpathyConfig(**options)
+
+
+def test_a_person_without_lines_needs_a_model_to_speak():
+    mute = changed(scenario("career-c"), lines=dict.fromkeys(AXES, ()), hurt=(), relief=())
+    with pytest.raises(InputError, match="user must be given for 'career-c'"):
+        EmpathyEnvironment([mute], [], TableJudge(TABLE))
+    user = Recorder("And then?", Failed("down"))
+    env = EmpathyEnvironment([mute], [], TableJudge(TABLE), user)
+    session, steps = play(env, "good", "good", task="career-c")
+    assert steps[0].message == "And then?"
+    assert steps[1].message is None
+    assert steps[1].end_reason == session.ended == "the person has nothing to say: down"
+    assert session.simulator_failures == 1

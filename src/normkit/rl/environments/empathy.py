@@ -139,7 +139,7 @@ class EmpathySession:
 
     @property
     def simulator_failures(self) -> int:
-        """Turns in which the scripted user spoke for a simulator that failed."""
+        """Turns after which the simulator failed, so that the scripted user spoke or nobody did."""
         return sum("user_failed" in turn.info for turn in self.turns)
 
 
@@ -157,7 +157,8 @@ class EmpathyEnvironment:
         config: options of the world.
 
     Raises:
-        InputError: where two scenarios have the same name.
+        InputError: where two scenarios have the same name, or one without lines of its own has no
+            ``user`` to speak for it.
     """
 
     def __init__(
@@ -181,6 +182,11 @@ class EmpathyEnvironment:
                     raise InputError(f"heldout: {scenario.id!r} is a training scenario too")
                 if scenario.id in self._scenarios:
                     raise InputError(f"{split}: {scenario.id!r} is there twice")
+                if user is None and not scenario.scripted:
+                    raise InputError(
+                        f"user must be given for {scenario.id!r}, which has no lines of its own: "
+                        "a chat model that speaks for the person, such as LLMUser"
+                    )
                 self._scenarios[scenario.id] = scenario
                 self._splits[split].append(scenario.id)
         self._failed_batches = 0
@@ -209,7 +215,8 @@ class EmpathyEnvironment:
 
         The judge is asked once for the whole batch, the simulated user once for all sessions that
         go on. A failed judgement leaves the state as it was; its turn has reward NaN and counts as
-        a turn of the dialogue. Where the simulated user fails, the scripted one speaks.
+        a turn of the dialogue. Where the simulated user fails, the scripted one speaks; a scenario
+        without lines of its own ends there.
 
         Args:
             sessions: sessions that have not ended, each once.
@@ -305,7 +312,10 @@ class EmpathyEnvironment:
             if isinstance(answer, Failed) or not answer.strip():
                 reason = answer.reason if isinstance(answer, Failed) else "it said nothing"
                 session.turns[-1].info["user_failed"] = reason
-                session.said = self._scripted.respond([request])[0]
+                if session.scenario.scripted:
+                    session.said = self._scripted.respond([request])[0]
+                else:
+                    session.ended = f"the person has nothing to say: {reason}"
             else:
                 session.said = answer
 

@@ -70,6 +70,11 @@ class Scenario:
     hurt: tuple[str, ...]
     relief: tuple[str, ...]
 
+    @property
+    def scripted(self) -> bool:
+        """Whether the person has lines of their own; EMPA's cases have none."""
+        return any((*self.lines.values(), self.hurt, self.relief))
+
 
 def load_scenarios(path: str | Path) -> list[Scenario]:
     """Read and check a scenario file.
