@@ -85,30 +85,3 @@ def test_importing_normkit_needs_no_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_advantages_of_empa_files(empa_dir, capsys, tmp_path):
-    plot = tmp_path / "credit.png"
-    assert main(["advantages", str(empa_dir), "--json", "--plot", str(plot)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["dialogues"]) >= 12
-    assert found["survivors"][0] == pytest.approx(3)
-    assert all(len(d["rewards"]) == len(d["advantages"]) for d in found["dialogues"])
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert main(["advantages", str(empa_dir), "--estimator", "grpo"]) == 0
-    assert "survivors per turn" in capsys.readouterr().out
-
-
-def test_advantages_of_our_own_logs(capsys, tmp_path):
-    rows = [
-        {"step": 1, "task": "a", "turns": [{"reward": r} for r in line]}
-        for line in ([1, 0, 2], [3, -1, None])
-    ]
-    log = tmp_path / "dialogues.jsonl"
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["advantages", str(log), "--json", "--estimator", "turn"]) == 0
-    first, second = json.loads(capsys.readouterr().out)["dialogues"]
-    assert second["advantages"][2] == 0
-    assert first["advantages"][1] == pytest.approx(-second["advantages"][1])
-    log.write_text("{")
-    assert main(["advantages", str(log)]) == 2
