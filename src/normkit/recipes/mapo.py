@@ -9,6 +9,7 @@ Run it::
 
     normkit run mapo                                  # SmolLM2-135M, embedding judge, one laptop
     normkit run mapo --baseline grpo                  # the same budget with another estimator
+    normkit run mapo --world tabular                  # all estimators, 32 seeds, exact advantages
     normkit run mapo --model Qwen/Qwen2.5-7B-Instruct --judge openai \
         --judge-url http://host:8000 --judge-model NAME --max-turns 15 --max-new-tokens 512
 
@@ -35,12 +36,16 @@ from normkit.report.page import write_report
 from normkit.report.plots import before_after, training_curves
 from normkit.rl.advantage import get_estimator
 from normkit.rl.dialogue import Dialogue
+from normkit.rl.environments.empa_cases import load_empa
 from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
 from normkit.rl.environments.epm import EPMConfig, RewardKind
-from normkit.rl.environments.scenario import builtin_scenarios, load_scenarios
+from normkit.rl.environments.scenario import Scenario, builtin_scenarios, load_scenarios
 from normkit.rl.loss import PolicyLossConfig
 from normkit.runs import RunLogger, read_json, read_table
 from normkit.statistics import bootstrap_interval
+
+_MAPO_FAMILY = ("mapo", "turn", "batch", "batch-returns", "turn-baseline")
+"""Estimators that share MAPO's options; others keep the defaults of their own papers."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,15 @@ class Config:
     """Flags of ``normkit run mapo``.
 
     Attributes:
+        world: "empathy", a language model in emotional-support dialogues, or "tabular", all
+            estimators in a small world whose exact advantages are known (of the other flags, it
+            takes alpha, gamma, batch_scope and seed).
         model: "smollm2", or any chat model of transformers (a name or a folder).
         judge: what fills the rubric: "embedding", "llm" (local chat model) or "openai" (server).
         judge_model: the judge's model; for "llm" a name or folder, for "openai" the served name.
         judge_url: address of the OpenAI-compatible server.
         scenarios: a scenario file of your own to train on; the last third is held out.
+        empa: folder of your own copy of EMPA; its official cases are held out.
         baseline: another estimator under the same budget (see normkit.rl.advantage).
         alpha: weight of the turn-level term.
         gamma: discount per turn.
@@ -76,11 +85,13 @@ class Config:
         save_hf: folder to export the trained model to.
     """
 
+    world: Literal["empathy", "tabular"] = "empathy"
     model: str = "smollm2"
     judge: Literal["embedding", "llm", "openai"] = "embedding"
     judge_model: str = ""
     judge_url: str = ""
     scenarios: Path | None = None
+    empa: Path | None = None
     baseline: str = ""
     alpha: float = 0.5
     gamma: float = 0.85
@@ -111,6 +122,10 @@ class Config:
         """
         if get_estimator(self.baseline or "mapo").needs:
             raise InputError(f"baseline {self.baseline!r} needs a critic, which is not built")
+        if self.scenarios is not None and self.empa is not None:
+            raise InputError("scenarios and empa must not both be given")
+        if self.empa is not None and self.judge == "embedding":
+            raise InputError("empa needs --judge llm or openai: its cases are Chinese, unscripted")
 
     @property
     def estimator(self) -> str:
@@ -119,19 +134,23 @@ class Config:
 
     @property
     def estimator_options(self) -> dict[str, Any]:
-        """Options for the estimator, as far as it has them."""
-        known: dict[str, dict[str, Any]] = {
-            "mapo": {"alpha": self.alpha, "gamma": self.gamma, "batch_scope": self.batch_scope},
-            "turn": {"gamma": self.gamma},
-            "batch": {"batch_scope": self.batch_scope},
-            "batch-returns": {"gamma": self.gamma, "batch_scope": self.batch_scope},
-            "turn-baseline": {"gamma": self.gamma},
-        }
-        return known.get(self.estimator, {})
+        """MAPO's options, as far as the estimator has them."""
+        given = {"alpha": self.alpha, "gamma": self.gamma, "batch_scope": self.batch_scope}
+        if self.estimator not in _MAPO_FAMILY:
+            return {}
+        options = get_estimator(self.estimator).options
+        return {name: value for name, value in given.items() if name in options}
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:
-    """Train a chat model on emotional-support dialogues, scored before and after."""
+    """Train a chat model on emotional-support dialogues, scored before and after.
+
+    In the tabular world: compare all estimators.
+    """
+    if config.world == "tabular":
+        from normkit.recipes._mapo_tabular import run_tabular
+
+        return run_tabular(config, folder)
     from normkit.rl.models import load_policy
     from normkit.rl.rollout import RolloutConfig
     from normkit.rl.trainer import Trainer, TrainerConfig
@@ -197,14 +216,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
 
 def make_environment(config: Config, folder: Path) -> EmpathyEnvironment:
     """Build the world of a configuration: scenarios, judge and simulated user."""
-    if config.scenarios is None:
-        train, heldout = builtin_scenarios("train"), builtin_scenarios("heldout")
-    else:
-        own = load_scenarios(config.scenarios)
-        if len(own) < 3:
-            raise InputError(f"scenarios: {config.scenarios} must hold at least 3 scenarios")
-        cut = len(own) - len(own) // 3
-        train, heldout = own[:cut], own[cut:]
+    train, heldout = _scenarios(config)
     world = EmpathyConfig(
         epm=EPMConfig(max_turns=config.max_turns, min_turns=config.min_turns), reward=config.reward
     )
@@ -232,6 +244,18 @@ def make_environment(config: Config, folder: Path) -> EmpathyEnvironment:
     )
     judge.check()
     return EmpathyEnvironment(train, heldout, judge, LLMUser(judge.chat), world)
+
+
+def _scenarios(config: Config) -> tuple[list[Scenario], list[Scenario]]:
+    if config.empa is not None:
+        return load_empa(config.empa, "train"), load_empa(config.empa, "heldout")
+    if config.scenarios is None:
+        return builtin_scenarios("train"), builtin_scenarios("heldout")
+    own = load_scenarios(config.scenarios)
+    if len(own) < 3:
+        raise InputError(f"scenarios: {config.scenarios} must hold at least 3 scenarios")
+    cut = len(own) - len(own) // 3
+    return own[:cut], own[cut:]
 
 
 def summarize(config: Config, folder: Path, seconds: float) -> dict[str, Any]:
