@@ -1,0 +1,220 @@
+"""``normkit evaluate`` from its arguments to its tables and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import tests.rl.evaluation
+from normkit.commands import evaluate
+from normkit.errors import InputError, NormkitError
+from normkit.recipes import mapo
+from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
+from normkit.rl.environments.epm import EPMConfig
+from normkit.rl.rollout import RolloutConfig
+from normkit.rl.trainer import Trainer, TrainerConfig
+from normkit.runs import RunLogger
+from tests.rl.chat_server import Answer, chat_server, free_port, last_user
+from tests.rl.fakes import TableJudge, filled, scenario
+from tests.rl.tiny import tiny_model, tiny_tokenizer
+
+DATA = Path(tests.rl.evaluation.__file__).parent / "data"
+EMOBENCH, EQBENCH = ["--emobench", str(DATA)], ["--eqbench", str(DATA / "eqbench.json")]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMKIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two tiny models as transformers keeps them."""
+    tokenizer = tiny_tokenizer()
+    paths = [tmp_path / "one", tmp_path / "two"]
+    for seed, path in enumerate(paths):
+        tiny_model(tokenizer, seed).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return [str(path) for path in paths]
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """The empathy world with a judge that likes letters."""
+
+    class Judge(TableJudge):
+        def judge(self, requests):
+            return [filled((int(any(c.isalpha() for c in r.reply)), 0)) for r in requests]
+
+    def build(config, folder):
+        scenarios = [scenario(f"career-{i}", opening=f"Message {i}.") for i in range(4)]
+        epm = EPMConfig(max_turns=config.max_turns, min_turns=config.min_turns)
+        return EmpathyEnvironment(
+            scenarios[3:], scenarios[:3], Judge(), None, EmpathyConfig(epm=epm)
+        )
+
+    monkeypatch.setattr(mapo, "make_environment", build)
+    return build
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name at least one model"),
+        (["m"], "choose what to evaluate on"),
+        (["m", "m", *EQBENCH], "models must be different"),
+        (["m", "--emobench", "absent"], "must be a folder with EA.jsonl or EU.jsonl"),
+        (["m", "--eqbench", "absent.json"], "absent.json cannot be read"),
+        (["m", "--eqbench", str(DATA / "EA.jsonl")], "line 1: reference_answer_fullscale must be"),
+        (["m", "--world", "mars"], "world must be one of empathy"),
+        (["m", "--repeats", "0", *EMOBENCH], "repeats must be at least 1"),
+        (["m", "--likelihood", *EQBENCH], "likelihood is a way to score EmoBench"),
+        (["m", "--likelihood", "--url", "http://127.0.0.1:1", *EMOBENCH], "needs models on this"),
+        (["m", "--url", "nowhere", *EQBENCH], "url must look like"),
+        (["m", "--world", "empathy", "--judge", "llm"], "judge_model"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, words):
+    with pytest.raises(InputError, match=words) as caught:
+        evaluate.main(arguments)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path, folders):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tiny_model(tokenizer).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(InputError, match="has no chat template"):
+        evaluate.main([str(tmp_path / "plain"), *EQBENCH])
+
+
+def test_a_server_that_is_down_stops_the_run():
+    with pytest.raises(NormkitError, match="is the server running"):
+        evaluate.main(["m", "--url", f"http://127.0.0.1:{free_port()}", *EQBENCH])
+
+
+def test_local_models_are_compared_on_benchmarks(folders, tmp_path, capsys):
+    out = tmp_path / "results" / "figures.json"
+    common = ["--max-tokens", "8", "--repeats", "2", "--language", "en", "--out", str(out)]
+    evaluate.main([*folders, *EMOBENCH, "--likelihood", *EQBENCH, *common, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed["models"]) == folders
+    first, second = (printed["models"][folder]["measures"] for folder in folders)
+    assert first["EmoBench EA en"]["n"] == 4
+    assert first["EQ-Bench v2"] is None  # eight letters of a model without sense are no answer
+    assert not any("zh" in name for name in first)
+    gain = printed["differences"][folders[1]]["EmoBench EA en"]
+    means = [side["EmoBench EA en"]["mean"] for side in (first, second)]
+    assert gain["mean"] == pytest.approx(means[1] - means[0])
+    kept = json.loads(out.read_text(encoding="utf-8"))
+    records = kept["models"][folders[0]].pop("records")
+    assert len(records["EmoBench"]) == 7
+    assert len(records["EQ-Bench v2"]) == 3
+    kept["models"][folders[1]].pop("records")
+    assert kept == printed
+    assert kept["options"]["likelihood"] is True
+
+    evaluate.main([*folders, *EMOBENCH, "--likelihood", *common])
+    table = capsys.readouterr().out
+    assert "EmoBench EA en" in table
+    assert "paired difference to" in table
+
+
+def test_models_play_the_held_out_scenarios(folders, world, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    options = ["--max-turns", "2", "--max-new-tokens", "6", "--repeats", "2", "--out", str(out)]
+    evaluate.main([*folders, "--world", "empathy", *options, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    for folder in folders:
+        measures = printed["models"][folder]["measures"]
+        assert measures["empathy EPM-Q, greedy"]["n"] == 3
+        assert measures["empathy EPM-Q, sampled"]["n"] == 3
+        assert printed["models"][folder]["counts"]["empathy"]["dialogues"] == 9
+    records = json.loads(out.read_text(encoding="utf-8"))["models"][folders[0]]["records"]
+    modes = [record["mode"] for record in records["empathy"]]
+    assert modes == ["greedy"] * 3 + ["sampled"] * 6
+    assert len({record["seed"] for record in records["empathy"]}) == 6
+    assert printed["differences"][folders[1]]["empathy EPM-Q, greedy"]["n"] == 3
+
+
+def test_a_run_is_evaluated_as_its_trainer_evaluates_it(folders, world, tmp_path, capsys):
+    from normkit.rl.models import load_policy
+
+    run = tmp_path / "run"
+    environment = world(mapo.Config(max_turns=2), run)
+    for rank in (0, 2):
+        RunLogger(run).config({"model": folders[0], "lora_rank": rank})
+        trainer = Trainer(
+            *load_policy(folders[0]),
+            environment,
+            TrainerConfig(lora_rank=rank, groups=1, group_size=2, learning_rate=0.1),
+            RolloutConfig(max_new_tokens=6, dtype="float32"),
+        )
+        trainer.train_step()
+        trainer.save(run / "checkpoint")
+        expected = trainer.evaluate(greedy=True, seed=12345)
+        for name in (run, run / "checkpoint"):
+            out = tmp_path / "figures.json"
+            short = ["--max-turns", "2", "--max-new-tokens", "6", "--repeats", "1"]
+            files = ["--out", str(out), "--dtype", "float32"]
+            evaluate.main([str(name), "--world", "empathy", *short, *files])
+            kept = json.loads(out.read_text(encoding="utf-8"))
+            records = kept["models"][str(name)]["records"]["empathy"][:3]
+            replies = [[turn["reply"] for turn in record["turns"]] for record in records]
+            assert replies == [[turn.reply for turn in d.turns] for d in expected]
+    (run / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="does not name its base model"):
+        evaluate.main([str(run), "--world", "empathy"])
+
+
+def test_a_served_model_is_asked_and_played(world, tmp_path, capsys):
+    def answer(body, _n):
+        asked = last_user(body)
+        if "JSON" in asked:
+            keys = [key for key in ("answer", "emotion", "cause") if f'"{key}"' in asked]
+            return json.dumps(dict.fromkeys(keys, "A"))
+        if "First pass scores:" in asked:
+            return asked[asked.index("First pass") :].replace("<number>", "5")
+        return "I hear you."
+
+    out = tmp_path / "figures.json"
+    arguments = ["m", "--world", "empathy", "--max-turns", "2", *EMOBENCH, *EQBENCH]
+    arguments += ["--out", str(out), "--json", "--repeats", "2"]
+    with chat_server(answer) as server:
+        evaluate.main([*arguments, "--url", server.url])
+        found = json.loads(capsys.readouterr().out)["models"]["m"]
+        asked = len(server.bodies)
+        evaluate.main([*arguments, "--url", server.url])
+        assert len(server.bodies) == asked + 1  # all but the check comes from the cache
+        bodies = server.bodies
+    assert json.loads(capsys.readouterr().out)["models"]["m"] == found
+    assert found["counts"]["EmoBench"]["unreadable"] == 0
+    assert found["measures"]["EQ-Bench v2"]["n"] == 3
+    assert found["measures"]["empathy EPM-Q, sampled"]["n"] == 3
+    assert {body["temperature"] for body in bodies} == {0.0, 1.0}
+    sampled = {body["seed"] for body in bodies if body["temperature"] == 1.0}
+    assert sampled == {12345, 12346}
+
+
+def test_a_server_that_breaks_later_leaves_out_what_it_did_not_answer(tmp_path, capsys):
+    def answer(body, n):
+        return Answer("too long", status=400) if n == 2 else "no ratings"
+
+    with chat_server(answer) as server:
+        evaluate.main(["m", *EQBENCH, "--url", server.url])
+    printed = capsys.readouterr().out
+    assert "1 requests failed" in printed
+    assert "under 83%" in " ".join(printed.split())
+
+
+def test_a_limit_takes_the_first_of_everything(folders, world, capsys):
+    short = ["--limit", "1", "--max-tokens", "4", "--max-turns", "1", "--max-new-tokens", "4"]
+    evaluate.main([folders[0], *EMOBENCH, *EQBENCH, "--world", "empathy", *short, "--json"])
+    counts = json.loads(capsys.readouterr().out)["models"][folders[0]]["counts"]
+    assert counts["EmoBench"]["answers"] == 4 * 3  # two tasks, two languages, three repeats
+    assert counts["EQ-Bench v2"]["answers"] == 1
+    assert counts["empathy"]["dialogues"] == 1 + 3
