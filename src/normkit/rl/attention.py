@@ -322,18 +322,12 @@ def ragged_attention(
     if used or attention_mask is None:
         raise NotImplementedError(f"ragged attention does not compute {used or 'unmasked scores'}")
     groups = query.shape[1] // key.shape[1]
-    # On a CPU, one query a head is the faster way through the kernel; elsewhere a mask and
-    # enable_gqa together rule the fused kernels out.
-    by_head = groups > 1 and step.q_length == 1 and step.device.type == "cpu"
-    if by_head:
-        groups = 1
     output = F.scaled_dot_product_attention(
         step.unpack(query, groups),
         key,
         value,
         attn_mask=step.grouped_mask(attention_mask, groups),
         scale=scaling,
-        enable_gqa=by_head,
     )
     return step.pack(output, groups), None
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from normkit.errors import InputError
 from normkit.rl.dialogue import PackedRow
 
-_CHUNK = 512
+_CHUNK = 256
 """Positions whose logits exist at once; bounds memory at ``_CHUNK x V``."""
 
 
@@ -93,33 +92,103 @@ def token_logprobs(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
     hidden = hidden[batch.row, batch.position - 1]
-    target = batch.target
-    logprobs, entropies = [], []
-    for start in range(0, len(target), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        arguments = (head, hidden[part], target[part], temperature, entropy)
-        if torch.is_grad_enabled() and hidden.requires_grad and len(target) > _CHUNK:
-            logprob, spread = checkpoint(_score, *arguments, use_reentrant=False)
-        else:
-            logprob, spread = _score(*arguments)
-        logprobs.append(logprob)
-        entropies.append(spread)
-    if not logprobs:
-        empty = hidden.new_zeros(0, dtype=torch.float32)
-        return empty, empty if entropy else None
-    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+    weights = tuple(weight for weight in head.parameters() if weight.requires_grad)
+    logprob, spread = _TokenScores.apply(head, batch.target, temperature, entropy, hidden, *weights)
+    return logprob, spread if entropy else None
 
 
-def _score(
-    head: Any, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float() / temperature
-    normalizer = logits.logsumexp(-1)
-    logprob = logits.gather(-1, target[:, None])[:, 0] - normalizer
-    if not entropy:
-        return logprob, logprob.new_zeros(0)
-    expected = (torch.softmax(logits, -1) * logits).sum(-1)
-    return logprob, normalizer - expected
+class _TokenScores(torch.autograd.Function):
+    r"""Log-probabilities and entropies of tokens, with the logits of one chunk at a time.
+
+    With ``p = softmax(z)``: ``d log p_k / dz = e_k - p`` and ``dH / dz = -p (log p + H)``. The
+    backward pass projects each chunk anew and turns its logits into their gradient in place, where
+    autograd through a log-softmax holds half a dozen arrays of that size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Any,
+        target: Tensor,
+        temperature: float,
+        entropy: bool,
+        hidden: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Score ``target [M]`` after ``hidden [M, D]``; the entropies are zeros if not asked for.
+
+        ``weights`` are those of ``head`` that train, named so that autograd sees them.
+        """
+        kind = hidden.device.type
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.head, ctx.temperature = head, temperature
+        ctx.save_for_backward(target, hidden, *weights)
+        ctx.set_materialize_grads(False)
+        logprob, spread = hidden.new_zeros(2, len(target), dtype=torch.float32)
+        for part in _chunks(target):
+            shifted = _shift(head(hidden[part]), temperature)
+            chosen = shifted.gather(-1, target[part, None])[:, 0]
+            powers = shifted.exp() if entropy else shifted.exp_()
+            total = powers.sum(-1)
+            logprob[part] = chosen - total.log()
+            if entropy:
+                spread[part] = _entropy(powers, shifted, total)
+        return logprob, spread
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the hidden states ``[M, D]`` and of the weights."""
+        target, hidden, *weights = ctx.saved_tensors
+        of_logprob, of_entropy = gradients
+        if of_logprob is None:
+            of_logprob = hidden.new_zeros(len(target), dtype=torch.float32)
+        slopes = [torch.zeros_like(tensor) for tensor in (hidden, *weights)]
+        kind, dtype, enabled = ctx.autocast
+        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            for part in _chunks(target):
+                with torch.enable_grad():
+                    states = hidden[part].detach().requires_grad_()
+                    logits = ctx.head(states)
+                slope = _logit_slope(
+                    _shift(logits.detach(), ctx.temperature),
+                    target[part],
+                    of_logprob[part],
+                    None if of_entropy is None else of_entropy[part],
+                ).div_(ctx.temperature)
+                found = torch.autograd.grad(logits, (states, *weights), slope.to(logits.dtype))
+                slopes[0][part] = found[0]
+                for total, more in zip(slopes[1:], found[1:], strict=True):
+                    total.add_(more)
+        return None, None, None, None, *slopes
+
+
+def _chunks(target: Tensor) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, len(target), _CHUNK))
+
+
+def _shift(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature in float32, each row less its largest; may overwrite them."""
+    scaled = logits.float().div_(temperature)
+    return scaled.sub_(scaled.amax(-1, keepdim=True))
+
+
+def _entropy(powers: Tensor, shifted: Tensor, total: Tensor) -> Tensor:
+    return total.log() - torch.linalg.vecdot(powers, shifted) / total
+
+
+def _logit_slope(
+    shifted: Tensor, target: Tensor, of_logprob: Tensor, of_entropy: Tensor | None
+) -> Tensor:
+    """Gradient with respect to logits over the temperature ``[m, V]``; overwrites them."""
+    powers = shifted.exp_() if of_entropy is None else shifted.exp()
+    total = powers.sum(-1)
+    if of_entropy is None:
+        slope = powers.mul_((-of_logprob / total)[:, None])
+    else:
+        offset = of_entropy * (_entropy(powers, shifted, total) - total.log()) + of_logprob
+        factor = shifted.mul_(of_entropy[:, None]).add_(offset[:, None])
+        slope = powers.mul_(factor).div_(-total[:, None])
+    return slope.scatter_add_(-1, target[:, None], of_logprob[:, None])
 
 
 @contextmanager

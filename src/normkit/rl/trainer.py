@@ -145,6 +145,7 @@ class Trainer:
             trainable(model).values(),
             lr=self.config.learning_rate,
             weight_decay=self.config.weight_decay,
+            fused=True,
         )
         self.policy, self.optimizer = self.accelerator.prepare(model, optimizer)
         if self.reference is not None:
