@@ -300,5 +300,5 @@ def _outcome(
             f"{counts['items_without_answer']} questions left without an answer count as wrong"
         )
     if failed:
-        notes.append(f"EmoBench: {len(failed)} requests failed: {failed[0]}")
+        notes.append(f"EmoBench: {len(failed)} of {len(read)} requests failed: {failed[0]}")
     return Outcome(tuple(score_emobench(items, votes)), dict(counts), tuple(notes), tuple(records))

@@ -223,7 +223,7 @@ def ask_eqbench(chat: ChatModel, items: Sequence[Item], report: Report | None = 
             "score then, and this one must not be compared with published scores"
         )
     if failed:
-        notes.append(f"{VERSION}: {len(failed)} requests failed: {failed[0]}")
+        notes.append(f"{VERSION}: {len(failed)} of {len(items)} requests failed: {failed[0]}")
     records: list[dict[str, Any]] = [
         {"qid": item.qid, "score": measures[0].values[item.qid], "reply": reply}
         for item, reply in zip(items, replies, strict=True)
