@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normkit.errors import InputError
-from normkit.rl.advantage import ALIASES, ESTIMATORS, estimate
+from normkit.rl.advantage import ALIASES, ESTIMATORS, Estimator, estimate, turn_normalize
 from normkit.testing import ADVANTAGE_CHECKS, AdvantageCase, check_advantage
 
 NEEDED = {"ppo": lambda rows: {"value": 0.3 * rows["turn"].double()}}
@@ -151,3 +151,10 @@ def test_keywords_that_an_estimator_does_not_take_are_not_checked():
     assert not case.applies("agents")
     assert not case.applies("batches")
     assert AdvantageCase(good).applies("agents")
+
+
+def test_a_function_of_turns_may_be_checked_and_used_without_being_registered():
+    def mine(turns, *, gamma=0.5):
+        return turn_normalize(turns.returns(gamma), turns)
+
+    check_advantage(Estimator("mine", mine, "returns by turn, halved each time"))

@@ -8,12 +8,12 @@ The trainer and the integrations all call :func:`estimate`. What all of them kee
 - a masked row is as if it were not there; it gets 0;
 - a row whose reward is not finite happened but was not judged: it stays out of all statistics and
   gets 0, and for the returns of earlier turns it counts as the mean of its dialogue;
-- a group of one and a constant group get 0, never NaN (estimators that compare nothing,
-  "reinforce" and an unwhitened "ppo", excepted);
+- rows that are compared with nothing, or with their equals only, get 0, never NaN ("reinforce" and
+  an unwhitened "ppo" do not compare);
 - dialogues may end at different turns; the order of rows does not matter;
 - agents, where given, share nothing: each is credited as if the others' rows were not there.
 
-Shapes: N turns (flat rows); D dialogues.
+Shapes: N turns (flat rows).
 """
 
 from __future__ import annotations

@@ -28,13 +28,14 @@ from torch import Tensor
 
 from normkit.errors import InputError
 from normkit.rl.advantage import Estimator, get_estimator
+from normkit.testing.contract import run_checks
 
 Rows: TypeAlias = dict[str, Tensor]
 _COLUMNS = ("reward", "dialogue", "turn", "group")
 _NAN, _INF = float("nan"), float("inf")
 
 
-def no_options(rows: Rows) -> Mapping[str, Any]:
+def _no_options(rows: Rows) -> Mapping[str, Any]:
     """Call the estimator with its defaults."""
     return {}
 
@@ -50,7 +51,7 @@ class AdvantageCase:
     """
 
     estimator: Callable[..., Tensor]
-    options: Callable[[Rows], Mapping[str, Any]] = no_options
+    options: Callable[[Rows], Mapping[str, Any]] = _no_options
     skip: Mapping[str, str] = field(default_factory=dict)
 
     def applies(self, check: str) -> bool:
@@ -72,13 +73,14 @@ class AdvantageCase:
 def check_advantage(
     estimator: str | Callable[..., Tensor],
     *,
-    options: Callable[[Rows], Mapping[str, Any]] = no_options,
+    options: Callable[[Rows], Mapping[str, Any]] = _no_options,
     skip: Mapping[str, str] | None = None,
 ) -> None:
     """Run every check of the contract of advantage estimators that applies.
 
     Args:
-        estimator: a registered name, or a function of flat rows.
+        estimator: a registered name, or a function of flat rows; a function of
+            :class:`~normkit.rl.turns.Turns` becomes one as ``Estimator("mine", function, "")``.
         options: makes further keyword arguments from the rows, which come by the names of the
             arguments: ``lambda rows: {"value": critic(rows["turn"])}``.
         skip: reasons by name of check (the keys of :data:`ADVANTAGE_CHECKS`), beside those of
@@ -92,21 +94,7 @@ def check_advantage(
         estimator = get_estimator(estimator)
     known = estimator.skip if isinstance(estimator, Estimator) else {}
     case = AdvantageCase(estimator, options, {**known, **(skip or {})})
-    unknown = sorted(set(case.skip) - set(ADVANTAGE_CHECKS))
-    if unknown:
-        raise InputError(
-            f"skip names unknown checks {', '.join(unknown)}; "
-            f"there are {', '.join(ADVANTAGE_CHECKS)}"
-        )
-    failures = []
-    for name, check in ADVANTAGE_CHECKS.items():
-        if case.applies(name):
-            try:
-                check(case)
-            except Exception as error:
-                failures.append(f"{name}: {type(error).__name__}: {error}")
-    if failures:
-        raise AssertionError("the estimator breaks its contract:\n" + "\n".join(failures))
+    run_checks("estimator", ADVANTAGE_CHECKS, case)
 
 
 # ---------------------------------------------------------------------- form
