@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normkit.errors import InputError
+from normkit.testing.contract import run_checks
 
 Inputs: TypeAlias = "Tensor | tuple[Tensor, ...]"
 ROUNDING = 3e-2  # what bfloat16 may differ by, relative to the output's size
@@ -101,22 +102,8 @@ def check_layer(
         AssertionError: names each check that failed, and why.
         InputError: for the name of a check that does not exist.
     """
-    skip = skip or {}
-    unknown = sorted(set(skip) - set(LAYER_CHECKS))
-    if unknown:
-        raise InputError(
-            f"skip names unknown checks {', '.join(unknown)}; there are {', '.join(LAYER_CHECKS)}"
-        )
-    case = LayerCase("layer", factory, example, mask, features, channels_last, skip)
-    failures = []
-    for name, check in LAYER_CHECKS.items():
-        if case.applies(name):
-            try:
-                check(case)
-            except Exception as error:
-                failures.append(f"{name}: {type(error).__name__}: {error}")
-    if failures:
-        raise AssertionError("the layer breaks its contract:\n" + "\n".join(failures))
+    case = LayerCase("layer", factory, example, mask, features, channels_last, skip or {})
+    run_checks("layer", LAYER_CHECKS, case)
 
 
 # ---------------------------------------------------------------------- derivatives
