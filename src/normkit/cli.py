@@ -202,6 +202,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "advantages": _elsewhere(
         "advantages", "Show what each turn of judged dialogues on disk would be credited with."
     ),
+    "evaluate": _elsewhere(
+        "evaluate", "Score chat models on EmoBench, EQ-Bench v2 and held-out scenarios."
+    ),
 }
 
 
