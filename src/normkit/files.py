@@ -1,9 +1,10 @@
-"""Files that are never half written: a temporary neighbour is filled, flushed and renamed."""
+"""Files and folders never half written: a neighbour is filled, flushed and renamed."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,47 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path`` that takes its place when the block ends well.
+
+    If the block raises, the new folder is removed and ``path`` stays as it was. A crash between
+    taking the old folder away and putting the new one in place leaves the old one under the name
+    that :func:`standing_folder` looks for.
+
+    Args:
+        path: the folder to write.
+
+    Yields:
+        The empty folder to fill.
+    """
+    path = Path(path)
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def standing_folder(path: str | Path) -> Path:
+    """Return ``path``, or the earlier folder that an interrupted :func:`replaced_folder` left."""
+    path = Path(path)
+    old = path.with_name(path.name + ".old")
+    return old if not path.exists() and old.exists() else path
 
 
 def _umask() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.errors import InputError
-from normkit.files import write_json
+from normkit.files import replaced_folder, standing_folder, write_json
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -37,11 +36,7 @@ def save_checkpoint(
         optimizer: its state is kept, tensors apart from numbers.
         state: JSON-ready values to go on from, such as the step.
     """
-    folder = Path(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
+    with replaced_folder(folder) as new:
         weights = {name: p.detach().contiguous() for name, p in trainable(model).items()}
         save_file(weights, new / _MODEL)
         tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
@@ -56,14 +51,6 @@ def save_checkpoint(
         save_file(tensors, new / _OPTIMIZER)
         groups = {"numbers": numbers, "param_groups": saved["param_groups"]}
         write_json(new / _STATE, {"state": dict(state), "optimizer": groups})
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -80,9 +67,7 @@ def load_checkpoint(
     Raises:
         InputError: where there is no checkpoint, it lacks a file, or it is of another model.
     """
-    folder = Path(folder)
-    if not folder.exists() and folder.with_name(folder.name + ".old").exists():
-        folder = folder.with_name(folder.name + ".old")
+    folder = standing_folder(folder)
     for name in (_MODEL, _OPTIMIZER, _STATE):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a checkpoint: {name} is missing")

@@ -184,8 +184,8 @@ def micro_batches(rows: Sequence[PackedRow], max_tokens: int) -> list[list[int]]
 
 
 def finite_mean(values: Sequence[float]) -> float:
-    """Mean of the values that are not NaN; NaN where there is none."""
-    known = [value for value in values if not math.isnan(value)]
+    """Mean of the values that are finite; NaN where there is none."""
+    known = [value for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from normkit.errors import InputError
 from normkit.rl.dialogue import PackedRow
@@ -69,7 +71,11 @@ def collate(rows: Sequence[PackedRow], device: torch.device | str = "cpu") -> To
 
 
 def token_logprobs(
-    model: nn.Module, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False
+    model: nn.Module,
+    batch: TokenBatch,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Log-probability of every sampled token, with logits only where replies are.
 
@@ -82,12 +88,13 @@ def token_logprobs(
         batch: the packed rows.
         temperature: temperature the replies were sampled at.
         entropy: also return the entropy of each token's distribution.
+        recompute: keep only the inputs of the model's layers for the backward pass.
 
     Returns:
         Log-probabilities ``[M]`` in float32, in the order of ``batch``, and the entropies ``[M]``
         in nats or None.
     """
-    with _hidden_states_only(model) as head:
+    with _hidden_states_only(model) as head, _recomputed_layers(model, recompute):
         hidden = model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
@@ -217,3 +224,22 @@ def _hidden_states_only(model: nn.Module) -> Iterator[Any]:
         yield head
     finally:
         inner.set_output_embeddings(head)
+
+
+@contextmanager
+def _recomputed_layers(model: nn.Module, recompute: bool) -> Iterator[None]:
+    """Let every layer of the stack forget its activations until the backward pass.
+
+    transformers' own switch works in training mode only, which would turn dropout on.
+    """
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)] if recompute else []
+    if recompute and not stacks:
+        raise InputError(f"recompute: {type(model).__name__} has no list of layers")
+    layers = max(stacks, key=lambda s: sum(p.numel() for p in s.parameters()), default=())
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

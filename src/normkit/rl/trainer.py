@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.errors import InputError, MissingDependencyError
+from normkit.files import replaced_folder
 from normkit.rl.advantage import estimate, get_estimator
 from normkit.rl.checkpoint import load_checkpoint, save_checkpoint, trainable
 from normkit.rl.dialogue import (
@@ -40,6 +40,9 @@ from normkit.rl.rollout import Rollout, RolloutConfig
 from normkit.runs import RunLogger
 
 Report = Callable[[str, Mapping[str, Any]], None]
+
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Kinds of accelerate's engine that keep no whole model in any process."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ class TrainerConfig:
         micro_batch_tokens: padded tokens of one forward pass; bounds memory.
         lora_rank: rank of LoRA adapters; 0 trains all weights.
         autocast: dtype of the forward pass: "auto", "float32" or "bfloat16".
+        recompute: compute the layers' activations again in the backward pass instead of keeping
+            them; less memory for about a third more time.
         checkpoint_every: steps between checkpoints; 0 keeps only the last.
+        evaluate_every: steps between evaluations on held-out tasks; 0 evaluates never.
         seed: of tasks, sampling and adapters.
     """
 
@@ -78,16 +84,21 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     mini_batches: int = 1
     epochs: int = 1
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     lora_rank: int = 0
     autocast: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute: bool = False
     checkpoint_every: int = 10
+    evaluate_every: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "groups", "group_size", "mini_batches", "epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("checkpoint_every", "evaluate_every", "warmup_steps", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         if get_estimator(self.estimator).needs:
             raise InputError(f"estimator {self.estimator!r} needs a critic, which is not built")
         if self.mini_batches > self.groups * self.group_size:
@@ -130,7 +141,16 @@ class Trainer:
         self.logger = logger
         self.report: Report = report or (lambda _phase, _numbers: None)
         self.accelerator = Accelerator()
+        if self.accelerator.distributed_type.name in _SHARDED:
+            raise InputError(
+                "accelerate: the trainer runs in one process or data-parallel; to shard a model, "
+                "use the estimators in TRL or verl (normkit.integrations)"
+            )
         self.step = 0
+        self.best: dict[str, float] = {}
+        # What a checkpoint may be written from: weights that no update is half through with.
+        self._whole = True
+        self._saved = 0
 
         torch.manual_seed(self.config.seed)
         self.reference: nn.Module | None = None
@@ -159,25 +179,31 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def train(self, checkpoint: str | Path | None = None) -> None:
+    def train(self, checkpoint: str | Path | None = None, best: str | Path | None = None) -> None:
         """Run the remaining steps.
+
+        Where a step fails or is interrupted before its update has begun, the steps before it are
+        saved; in the middle of an update nothing is, and the last checkpoint stands.
 
         Args:
             checkpoint: folder that is written every ``checkpoint_every`` steps, at the end, and
                 when a step fails; None keeps no checkpoint.
+            best: folder for the checkpoint with the best held-out score (``evaluate_every``).
         """
         while self.step < self.config.steps:
             try:
                 self.train_step()
-            except Exception:
-                # The failed step has changed nothing yet unless it was the update that failed;
-                # a checkpoint of the steps before it is kept either way.
-                if checkpoint is not None and self.step % max(self.config.checkpoint_every, 1):
+                if self._due(self.config.evaluate_every):
+                    self._evaluate_midway(best)
+            except BaseException:
+                if checkpoint is not None and self._whole and self.step > self._saved:
+                    # Other processes may be anywhere: there is no waiting for them.
                     with contextlib.suppress(OSError):
-                        self.save(checkpoint)
+                        self._write(checkpoint)
                 raise
-            due = self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0
-            if checkpoint is not None and (due or self.step == self.config.steps):
+            if checkpoint is not None and (
+                self._due(self.config.checkpoint_every) or self.step == self.config.steps
+            ):
                 self.save(checkpoint)
 
     def train_step(self) -> dict[str, Any]:
@@ -190,8 +216,9 @@ class Trainer:
         generated = time.perf_counter()
         numbers = self.update(dialogues)
         finished = time.perf_counter()
-        tokens = sum(len(turn.token_ids) for d in dialogues for turn in d.turns)
-        numbers.update(_describe(dialogues))
+        described = self._describe(dialogues)
+        tokens = described.pop("sampled_tokens")
+        numbers.update(described)
         numbers.update(
             rollout_seconds=generated - started,
             update_seconds=finished - generated,
@@ -199,12 +226,30 @@ class Trainer:
             trained_tokens_per_second=tokens / max(finished - generated, 1e-9),
         )
         self.step += 1
+        self._whole = True
         if self.logger is not None and self._rank == 0:
             self.logger.log(self.step, numbers)
             rows = [{"step": self.step, **_sample(d)} for d in dialogues[:2]]
             self.logger.append("dialogues", rows)
         self.report("train", {"step": self.step, "steps": self.config.steps, **numbers})
         return numbers
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _evaluate_midway(self, best: str | Path | None) -> None:
+        """Score the held-out tasks, log it, and keep the best checkpoint so far."""
+        scores = [d.scores["score"] for d in self.evaluate(seed=self.config.seed)]
+        score = finite_mean(scores)
+        numbers = {"score": score, "tasks": len(scores)}
+        if self.logger is not None and self._rank == 0:
+            self.logger.append("heldout", [{"step": self.step, **numbers}])
+        self.report("evaluate", {"step": self.step, "steps": self.config.steps, **numbers})
+        if score > self.best.get("score", -math.inf):
+            self.best = {"step": self.step, "score": score}
+            if best is not None:
+                self._write(best)
+                self.accelerator.wait_for_everyone()
 
     def schedule(self, step: int) -> list[tuple[str, int, int]]:
         """Tasks of a step as ``(task, group, seed)``: shuffled passes over the training tasks."""
@@ -265,7 +310,8 @@ class Trainer:
             for part in np.array_split(order, self.config.mini_batches):
                 members = set(part.tolist())
                 chosen = [i for i in keep if int(owner[i]) in members]
-                numbers = self._optimize(rows, chosen, owner, table, advantage, old)
+                rate = self._rate(updates)
+                numbers = self._optimize(rows, chosen, owner, table, advantage, old, rate)
                 updates += 1
                 for name, value in numbers.items():
                     totals[name] = totals.get(name, 0.0) + value
@@ -282,8 +328,10 @@ class Trainer:
         table: TurnTable,
         advantage: Tensor,
         old: dict[int, Tensor] | None,
+        rate: float,
     ) -> dict[str, float]:
         device = self.accelerator.device
+        self.optimizer.zero_grad(set_to_none=True)  # a failed pass may have left some
         batches = micro_batches([rows[i] for i in chosen], self.config.micro_batch_tokens)
         weights, units = self._weights(rows, chosen, owner, table)
         sums: dict[str, float] = {}
@@ -300,7 +348,13 @@ class Trainer:
                 turn = batch.turn_row.cpu()
                 weight = torch.cat([weights[i] for i in members]) / units
                 with self._autocast():
-                    logprob, _ = token_logprobs(self.policy, batch, self.rollout_config.temperature)
+                    logprob, entropy = token_logprobs(
+                        self.policy,
+                        batch,
+                        self.rollout_config.temperature,
+                        entropy=True,
+                        recompute=self.config.recompute,
+                    )
                 previous = (
                     logprob.detach()
                     if old is None
@@ -315,6 +369,8 @@ class Trainer:
                     weight.to(device),
                     self.loss,
                     self._reference_logprobs(batch),
+                    # Without a bonus it is a number to watch, and costs no backward pass.
+                    entropy if self.loss.entropy_weight or entropy is None else entropy.detach(),
                 )
                 with torch.no_grad():
                     gap = kl_estimate(batch.logprob, logprob.detach(), "k3")
@@ -327,10 +383,10 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(
             trainable(self.policy).values(), self.config.max_grad_norm
         )
-        rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if torch.isfinite(norm):
+            self._whole = False
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
@@ -371,35 +427,65 @@ class Trainer:
                 table.mask,
                 **options,
             )
-        from accelerate.utils import gather_object
-
         fields = (table.reward, table.dialogue, table.turn, table.group, table.mask)
-        parts = gather_object([tuple(f.tolist() for f in fields)])
-        reward: list[float] = []
-        dialogue: list[int] = []
-        turn: list[int] = []
-        group: list[int] = []
-        mask: list[bool] = []
-        offset, ours = 0, slice(0, 0)
-        for rank, part in enumerate(parts):
-            if rank == self._rank:
-                ours = slice(len(reward), len(reward) + len(part[0]))
-            reward += part[0]
-            dialogue += [offset + d for d in part[1]]
-            turn += part[2]
-            group += part[3]
-            mask += part[4]
-            offset += max(part[1], default=-1) + 1
+        gathered, source = self._gather_rows(torch.stack([f.double() for f in fields], 1))
+        # Dialogues are numbered within their process.
+        dialogue = (gathered[:, 1].long() * self._world) + source
         whole = estimate(
             self.config.estimator,
-            torch.tensor(reward, dtype=torch.float64),
-            torch.tensor(dialogue, dtype=torch.int64),
-            torch.tensor(turn, dtype=torch.int64),
-            torch.tensor(group, dtype=torch.int64),
-            torch.tensor(mask, dtype=torch.bool),
+            gathered[:, 0],
+            dialogue.unique(return_inverse=True)[1],
+            gathered[:, 2].long(),
+            gathered[:, 3].long(),
+            gathered[:, 4].bool(),
             **options,
         )
-        return whole[ours]
+        return whole[source == self._rank]
+
+    def _describe(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+        """What the step's dialogues of all processes were like."""
+        turns, _ = self._gather_rows(
+            torch.tensor(
+                [
+                    (t, turn.reward, len(turn.token_ids), turn.truncated)
+                    for d in dialogues
+                    for t, turn in enumerate(d.turns)
+                ],
+                dtype=torch.float64,
+            ).reshape(-1, 4)
+        )
+        ends, _ = self._gather_rows(
+            torch.tensor(
+                [(d.scores["score"], d.end_reason == "success") for d in dialogues],
+                dtype=torch.float64,
+            ).reshape(-1, 2)
+        )
+        index, reward, tokens, truncated = turns.unbind(1)
+        length = int(index.max()) + 1 if len(index) else 0
+        share = max(len(turns), 1)
+        return {
+            "reward": finite_mean(reward.tolist()),
+            "reward_by_turn": [finite_mean(reward[index == t].tolist()) for t in range(length)],
+            "score": finite_mean(ends[:, 0].tolist()),
+            "turns": len(turns) / max(len(ends), 1),
+            "reply_tokens": float(tokens.sum()) / share,
+            "sampled_tokens": float(tokens.sum()),
+            "truncated": float(truncated.sum()) / share,
+            "masked_turns": int((~torch.isfinite(reward)).sum()),
+            "success": float(ends[:, 1].sum()) / max(len(ends), 1),
+        }
+
+    def _gather_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows ``[N, F]`` of every process, process by process, and the process of each row."""
+        if self._world == 1:
+            return rows, torch.zeros(len(rows), dtype=torch.int64)
+        device = self.accelerator.device
+        most = int(self._reduce(torch.tensor(float(len(rows))), "max"))
+        padded = rows.new_full((most, rows.shape[1] + 1), -1.0)
+        padded[: len(rows), :-1], padded[: len(rows), -1] = rows, self._rank
+        gathered = self.accelerator.gather(padded.to(device)).cpu()
+        gathered = gathered[gathered[:, -1] >= 0]
+        return gathered[:, :-1], gathered[:, -1].long()
 
     def _logprobs_of(self, rows: Sequence[PackedRow], chosen: Sequence[int]) -> dict[int, Tensor]:
         """Log-probabilities before the first update, per row."""
@@ -429,9 +515,10 @@ class Trainer:
         zero = sum((p.sum() for p in trainable(self.policy).values()), torch.zeros(()))
         self.accelerator.backward(zero * 0.0)
 
-    def _rate(self) -> float:
+    def _rate(self, update: int) -> float:
+        """Learning rate of an update of the current step."""
         updates = self.config.mini_batches * self.config.epochs
-        done = self.step * updates
+        done = self.step * updates + update
         total = self.config.steps * updates
         rate = self.config.learning_rate
         if done < self.config.warmup_steps:
@@ -445,32 +532,33 @@ class Trainer:
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint that :meth:`resume` goes on from, number for number."""
-        if self._rank == 0:
-            save_checkpoint(folder, self.model, self._bare_optimizer, {"step": self.step})
+        self._write(folder)
+        self._saved = self.step
         self.accelerator.wait_for_everyone()
 
     def resume(self, folder: str | Path) -> None:
         """Go on from a checkpoint; log lines newer than it are forgotten."""
         state = load_checkpoint(folder, self.model, self._bare_optimizer)
-        self.step = int(state["step"])
+        self.step = self._saved = int(state["step"])
+        self.best = dict(state.get("best", {}))
         if self.logger is not None and self._rank == 0:
             self.logger.rewind(self.step)
+
+    def _write(self, folder: str | Path) -> None:
+        if self._rank == 0:
+            state = {"step": self.step, "best": self.best}
+            save_checkpoint(folder, self.model, self._bare_optimizer, state)
 
     def save_hf(self, folder: str | Path) -> None:
         """Export the model, adapters merged, as a folder that plain transformers loads."""
         if self._rank != 0:
             return
-        folder = Path(folder)
-        new = folder.with_name(folder.name + ".new")
-        shutil.rmtree(new, ignore_errors=True)
         model = self.model
         if hasattr(model, "merge_and_unload"):
             model = deepcopy(model).merge_and_unload()
-        model.save_pretrained(new)
-        self.tokenizer.save_pretrained(new)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.rename(folder)
+        with replaced_folder(folder) as new:
+            model.save_pretrained(new)
+            self.tokenizer.save_pretrained(new)
 
     # ------------------------------------------------------------------ engine
 
@@ -512,26 +600,6 @@ def _with_lora(model: Any, rank: int) -> Any:
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0)
     )
-
-
-def _describe(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    turns = [turn for d in dialogues for turn in d.turns]
-    length = max((len(d.turns) for d in dialogues), default=0)
-    by_turn = [
-        finite_mean([d.turns[t].reward for d in dialogues if t < len(d.turns)])
-        for t in range(length)
-    ]
-    share = max(len(turns), 1)
-    return {
-        "reward": finite_mean([turn.reward for turn in turns]),
-        "reward_by_turn": by_turn,
-        "score": finite_mean([d.scores["score"] for d in dialogues]),
-        "turns": len(turns) / max(len(dialogues), 1),
-        "reply_tokens": sum(len(turn.token_ids) for turn in turns) / share,
-        "truncated": sum(turn.truncated for turn in turns) / share,
-        "masked_turns": sum(not math.isfinite(turn.reward) for turn in turns),
-        "success": sum(d.end_reason == "success" for d in dialogues) / max(len(dialogues), 1),
-    }
 
 
 def _sample(dialogue: Dialogue) -> dict[str, Any]:
