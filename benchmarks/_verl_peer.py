@@ -14,10 +14,12 @@ import time
 
 import numpy as np
 import torch
+from _memory import keep_freed_memory
 
 
 def main(batch: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
+    keep_freed_memory()
     answers, sys.stdout = sys.stdout, sys.stderr  # verl's own messages are no answers
     from verl.trainer.ppo import core_algos
 

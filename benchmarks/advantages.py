@@ -8,7 +8,7 @@ what ``verl.trainer.ppo.core_algos`` imports: torch, transformers, ray, tensordi
 codetiming, pandas (``pip install --no-deps verl`` leaves out the rest). Its Python is given by
 ``--verl-python`` or by the variable NORMKIT_VERL_PYTHON.
 
-Both sides run in turns within one run, with the same threads and the same batch:
+Both sides run in turns within one run, with the same threads, allocator settings and batch:
 ``token_level_rewards`` and ``response_mask`` ``[B, L]`` and a NumPy array of B strings that say
 which rows are a group. Our time includes everything from there to advantages ``[B, L]``: summing
 tokens, numbering the strings, checking the rows, estimating, spreading over tokens. The time of
@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _memory import keep_freed_memory
 from _timing import Seconds, compare, print_table
 from torch import Tensor
 
@@ -70,7 +71,7 @@ def ours(rewards: Tensor, mask: Tensor, uid: np.ndarray) -> Tensor:
     names = np.fromiter((numbers.setdefault(u, len(numbers)) for u in uid), np.int64, len(uid))
     dialogue = torch.arange(len(uid))
     rows = (rewards.sum(-1), dialogue, torch.zeros_like(dialogue), torch.from_numpy(names))
-    return estimate("grpo", *rows).unsqueeze(-1) * mask
+    return mask.to(rewards.dtype).mul_(estimate("grpo", *rows).unsqueeze(-1))
 
 
 def reference_loop(rewards: Tensor, mask: Tensor, uid: np.ndarray) -> Tensor:
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     compare_turns(options.repeats, options.threads)
     compare_tokens(options.repeats, options.threads, options.verl_python)
 

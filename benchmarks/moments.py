@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from _memory import keep_freed_memory
 from _timing import compare, print_table
 from torch import Tensor
 
@@ -102,6 +103,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     dense(options.repeats, options.compile)
     ragged(options.repeats, 32768, 4096, ())
     ragged(options.repeats, 8192, 256, (64,))
