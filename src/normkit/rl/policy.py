@@ -5,7 +5,7 @@ Shapes: B rows, L tokens of the longest row, M sampled tokens of the batch, D wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +100,8 @@ def token_logprobs(
         ).logits
     hidden = hidden[batch.row, batch.position - 1]
     weights = tuple(weight for weight in head.parameters() if weight.requires_grad)
-    logprob, spread = _TokenScores.apply(head, batch.target, temperature, entropy, hidden, *weights)
+    apply: Callable[..., tuple[Tensor, Tensor]] = _TokenScores.apply
+    logprob, spread = apply(head, batch.target, temperature, entropy, hidden, *weights)
     return logprob, spread if entropy else None
 
 
@@ -180,7 +181,8 @@ def _shift(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _entropy(powers: Tensor, shifted: Tensor, total: Tensor) -> Tensor:
-    return total.log() - torch.linalg.vecdot(powers, shifted) / total
+    expected: Tensor = torch.linalg.vecdot(powers, shifted)
+    return total.log() - expected / total
 
 
 def _logit_slope(

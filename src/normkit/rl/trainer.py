@@ -316,8 +316,9 @@ class Trainer:
                 for name, value in numbers.items():
                     totals[name] = totals.get(name, 0.0) + value
         numbers = {name: value / updates for name, value in totals.items()}
-        known = advantage[table.mask]
-        numbers["advantage_abs"] = float(known.abs().mean()) if known.numel() else 0.0
+        known = advantage[table.mask].abs()
+        size, count = self._reduce(torch.tensor([float(known.sum()), float(len(known))]), "sum")
+        numbers["advantage_abs"] = float(size / count.clamp_min(1))
         return numbers
 
     def _optimize(
@@ -434,7 +435,7 @@ class Trainer:
         whole = estimate(
             self.config.estimator,
             gathered[:, 0],
-            dialogue.unique(return_inverse=True)[1],
+            torch.unique(dialogue, return_inverse=True)[1],
             gathered[:, 2].long(),
             gathered[:, 3].long(),
             gathered[:, 4].bool(),
@@ -511,9 +512,14 @@ class Trainer:
                 return token_logprobs(self.model, batch, temperature)[0]
 
     def _empty_pass(self) -> None:
-        """Take part in a pass without rows of our own."""
-        zero = sum((p.sum() for p in trainable(self.policy).values()), torch.zeros(()))
-        self.accelerator.backward(zero * 0.0)
+        """Take part in a pass without rows of our own: one token that weighs nothing.
+
+        It goes through the wrapped model, whose forward pass is what readies the exchange.
+        """
+        row = PackedRow(torch.zeros(2, dtype=torch.int64), torch.tensor([-1, 0]), torch.zeros(2))
+        with self._autocast():
+            logprob, _ = token_logprobs(self.policy, collate([row], self.accelerator.device))
+        self.accelerator.backward(logprob.sum() * 0.0)
 
     def _rate(self, update: int) -> float:
         """Learning rate of an update of the current step."""
