@@ -135,6 +135,18 @@ def build_empty(folder: Path, name: str, dtype: torch.dtype) -> Any:
     return kind._from_config(kind.config_class.from_pretrained(folder), dtype=dtype)
 
 
+def check_new(folder: str | Path) -> Path:
+    """Return ``folder`` as a path.
+
+    Raises:
+        InputError: if it exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; name a folder that does not")
+    return folder
+
+
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``folder`` when the block ends well.
@@ -142,9 +154,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         InputError: if ``folder`` exists and is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; name a folder that does not")
+    folder = check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:

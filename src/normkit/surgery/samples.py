@@ -59,7 +59,62 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 12, seed: int 
     }
 
 
+def real_inputs(model: nn.Module, tokenizer: Any = None) -> tuple[Any, str]:
+    """Return inputs that are not noise: text, or photographs.
+
+    Args:
+        model: a model of transformers for text, images or audio.
+        tokenizer: of the model; without one the bytes of the text are its tokens.
+
+    Returns:
+        Keyword arguments of the model's forward, and in words what they are made of.
+    """
+    inputs = sample_inputs(model, batch=2)
+    made = []
+    for name, old in inputs.items():
+        if name.endswith("input_ids"):
+            inputs[name] = _text_ids(model.config, tokenizer).expand(2, -1).to(old.device)
+            made.append("text" if tokenizer else "the bytes of a text")
+        elif name == "pixel_values" and (photos := _photographs(old.shape[1])) is not None:
+            inputs[name] = nn.functional.interpolate(photos, old.shape[-2:], mode="area").to(old)
+            made.append("photographs")
+    return inputs, " and ".join(made) or "noise, as no other input is at hand"
+
+
+def _text_ids(config: Any, tokenizer: Any) -> torch.Tensor:
+    ids = tokenizer(TEXT)["input_ids"] if tokenizer else list(TEXT.encode())
+    return torch.tensor([[i % config.vocab_size for i in ids[: _places(config)]]])
+
+
+def _photographs(channels: int) -> torch.Tensor | None:
+    """Two photographs that scikit-learn brings along, (2, 3, 427, 640) in [-1, 1]."""
+    if channels != 3:
+        return None
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        return None
+    images = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
+    return images.permute(0, 3, 1, 2).double() / 127.5 - 1
+
+
+def _places(config: Any) -> int | None:
+    """Tokens that the model has positions for; None if any number will do."""
+    for name in ("max_position_embeddings", "max_target_positions"):
+        if places := getattr(config, name, None):
+            return int(places)
+    return None
+
+
 def _ids(config: Any, batch: int, length: int, dice: torch.Generator) -> torch.Tensor:
-    places = getattr(config, "max_position_embeddings", None)
-    places = places or getattr(config, "max_target_positions", None) or length
-    return torch.randint(config.vocab_size, (batch, min(length, places)), generator=dice)
+    size = (batch, min(length, _places(config) or length))
+    return torch.randint(config.vocab_size, size, generator=dice)
+
+
+TEXT = (
+    "The harbour froze in the second week of January, and for nine days no boat left it. "
+    "On the tenth the wind turned: by noon one could hear the ice work, a low sound like carts on "
+    "a wooden bridge, and by evening there was a lane of open water as wide as a street. "
+    '"If it holds," said the pilot, "we sail at 6:45 tomorrow; if it doesn\'t, ask me again."'
+)
+"""Our own words, for checks on text that is not random."""
