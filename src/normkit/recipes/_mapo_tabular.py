@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -17,17 +17,11 @@ from normkit.report.plots import figure
 from normkit.runs import RunLogger
 from normkit.statistics import Interval, bootstrap_interval
 
-
-class Settings(Protocol):
-    """What the comparison takes from the recipe's configuration."""
-
-    alpha: float
-    gamma: float
-    batch_scope: Literal["group", "batch"]
-    seed: int
+if TYPE_CHECKING:
+    from normkit.recipes.mapo import Config
 
 
-def run_tabular(config: Settings, folder: Path, plan: Plan | None = None) -> Mapping[str, Any]:
+def run_tabular(config: Config, folder: Path, plan: Plan | None = None) -> Mapping[str, Any]:
     """Compare all estimators in the tabular world, in a run folder.
 
     A run takes minutes and keeps no checkpoint: resumed, it starts anew.

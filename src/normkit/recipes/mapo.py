@@ -31,6 +31,7 @@ from rich.console import Console
 
 from normkit.errors import InputError
 from normkit.recipes._mapo_claims import CLAIMS
+from normkit.recipes._mapo_measured import MEASURED
 from normkit.recipes.base import System
 from normkit.report.page import write_report
 from normkit.report.plots import before_after, training_curves
@@ -367,6 +368,6 @@ SYSTEM = System(
     symbols=("normkit.rl.advantage.mapo", "normkit.rl.trainer.Trainer"),
     Config=Config,
     run=run,
-    claims=tuple(CLAIMS),
+    claims=(*CLAIMS, *MEASURED),
     aliases=("mica",),
 )
