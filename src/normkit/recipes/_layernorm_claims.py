@@ -38,7 +38,7 @@ def batch_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def weight_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Weight vectors of length one."""
-    length = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     return x @ (weight / length).T
 
 
