@@ -59,4 +59,52 @@ CASES = [
         tokens(2, 3),
         skip={"inductor": UNROLLED, "second_gradients": "slow, and the same as of LNGRU"},
     ),
+    LayerCase(
+        "UnifiedNorm",
+        partial(nn.UnifiedNorm, 6, warmup=0),
+        tokens(4, 6),
+        mask=lambda n: torch.arange(4) < 1 + torch.arange(n)[:, None],
+        skip={
+            "gradients": "the published derivative is a recurrence: tests/nn/test_unified_norm.py",
+            "second_gradients": "there are none",
+        },
+    ),
+    LayerCase(
+        "UnifiedNorm-window-1",
+        partial(nn.UnifiedNorm, 6, window_size=1),
+        tokens(4, 6),
+        skip={"second_gradients": "there are none"},
+    ),
+    LayerCase(
+        "UnifiedNorm-images-no-affine",
+        partial(nn.UnifiedNorm, 4, affine=False, channel_dim=1, filter_outliers=True),
+        tokens(4, 2, 3),
+        features=1,
+        channels_last=True,
+        skip={
+            "gradients": "the published derivative is a recurrence: tests/nn/test_unified_norm.py",
+            "second_gradients": "there are none",
+        },
+    ),
+    LayerCase(
+        "PowerNorm",
+        partial(nn.PowerNorm, 6, warmup=2, groups=2),
+        tokens(4, 6),
+        mask=lambda n: torch.arange(4) < 1 + torch.arange(n)[:, None],
+        skip={
+            "gradients": "the published derivative is a recurrence: tests/nn/test_power_norm.py",
+            "second_gradients": "there are none",
+        },
+    ),
+    LayerCase(
+        "PowerNorm-images-no-scale",
+        partial(nn.PowerNorm, 4, warmup=0, groups=None, channel_dim=1),
+        tokens(4, 2, 3),
+        features=1,
+        channels_last=True,
+        skip={
+            "gradients": "the published derivative is a recurrence: tests/nn/test_power_norm.py",
+            "second_gradients": "there are none",
+        },
+    ),
 ]

@@ -1,7 +1,19 @@
 """Layers, one file a paper's family."""
 
 from normkit.nn.layer_norm import LayerNorm
+from normkit.nn.power_norm import PowerNorm
 from normkit.nn.recurrent import LNGRU, LNLSTM, LNGRUCell, LNLSTMCell
 from normkit.nn.rms_norm import CRMSNorm, RMSNorm
+from normkit.nn.unified_norm import UnifiedNorm
 
-__all__ = ["LNGRU", "LNLSTM", "CRMSNorm", "LNGRUCell", "LNLSTMCell", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "LNGRU",
+    "LNLSTM",
+    "CRMSNorm",
+    "LNGRUCell",
+    "LNLSTMCell",
+    "LayerNorm",
+    "PowerNorm",
+    "RMSNorm",
+    "UnifiedNorm",
+]

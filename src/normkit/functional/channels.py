@@ -1,0 +1,106 @@
+"""Statistics and scaling per channel, over all other dimensions: what batch-wise norms share.
+
+Shapes: ``x`` has any dimensions, one of which, ``dim``, is the channels C; vectors are ``[C]``.
+Half input is accumulated in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normkit.errors import InputError
+
+
+def check_channels(x: Tensor, channels: int, dim: int) -> None:
+    """Check that ``x`` is floating point and has ``channels`` in dimension ``dim``.
+
+    Raises:
+        InputError: where it is not or has not.
+    """
+    if not x.is_floating_point():
+        raise InputError(f"x must be floating point, got {x.dtype}")
+    if not -x.dim() <= dim < x.dim() or x.dim() < 2 or x.shape[dim] != channels:
+        raise InputError(
+            f"x must have a batch and {channels} channels in dimension {dim}, "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
+def spread_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Give a mask of leading dimensions the dimensions of ``x``.
+
+    Args:
+        mask: bool, with the leading dimensions of ``x`` or broadcastable to it.
+        x: what is masked.
+
+    Returns:
+        The mask with dimensions of size one where it had none.
+
+    Raises:
+        InputError: for a mask that is not bool or does not broadcast.
+    """
+    if mask.dtype != torch.bool:
+        raise InputError(f"mask must be bool, got {mask.dtype}")
+    whole = mask[(..., *(None,) * (x.dim() - mask.dim()))]
+    if whole.dim() != x.dim() or any(
+        m not in (1, n) for m, n in zip(whole.shape, x.shape, strict=True)
+    ):
+        raise InputError(
+            f"mask must have the leading dimensions of x {tuple(x.shape)}, got {tuple(mask.shape)}"
+        )
+    return whole
+
+
+def mean_square(x: Tensor, dim: int, mask: Tensor | None, sync: bool) -> tuple[Tensor, Tensor]:
+    """Mean square of every channel, ``mean(x^2)``, and the number of values behind it.
+
+    Args:
+        x: any shape, C channels in dimension ``dim``; zero where ``mask`` is False.
+        dim: dimension of the channels.
+        mask: True where a value counts; dimensions as ``x``.
+        sync: take the values of all processes of ``torch.distributed`` together.
+
+    Returns:
+        Mean square ``[C]``, zero where nothing counts, and count ``[C]``, in the dtype of the
+        statistics.
+    """
+    others = _others(x, dim)
+    total = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(others)
+    if mask is None:
+        count = torch.full_like(total, x.numel() // x.shape[dim])
+    else:  # summed before it is spread: it is usually far smaller than x
+        repeats = prod([x.shape[d] for d in others if mask.shape[d] == 1])
+        count = (mask.sum(others) * repeats).to(total.dtype).expand_as(total)
+    if sync and dist.is_initialized():
+        both = torch.stack([total, count])
+        dist.all_reduce(both)
+        total, count = both.unbind()
+    return total / count.clamp(min=1), count
+
+
+def scale_channels(x: Tensor, scale: Tensor, shift: Tensor | None, dim: int) -> Tensor:
+    """``x * scale + shift`` per channel, shaped and typed like ``x``."""
+    scale = along(scale, x, dim)
+    if shift is None:
+        return (x * scale).to(x.dtype)
+    return torch.addcmul(along(shift, x, dim), x, scale).to(x.dtype)
+
+
+def channel_sums(values: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Sum over all dimensions but ``dim``: ``[C]``."""
+    return values.sum(_others(values, dim), dtype=dtype)
+
+
+def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
+    """View ``[C]`` so that it broadcasts along dimension ``dim`` of ``x``."""
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return vector.reshape(shape)
+
+
+def _others(x: Tensor, dim: int) -> tuple[int, ...]:
+    return tuple(d for d in range(x.dim()) if d != dim % x.dim())
