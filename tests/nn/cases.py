@@ -107,4 +107,20 @@ CASES = [
             "second_gradients": "there are none",
         },
     ),
+    LayerCase(
+        "TransformerBlock",
+        partial(nn.TransformerBlock, 4, 2, 6, causal=True),
+        tokens(4, 4),
+        skip={"second_gradients": "torch's fused attention has none"},
+    ),
+    LayerCase(
+        "TransformerBlock-post-mask",
+        partial(nn.TransformerBlock, 4, 2, 6, "post", bias=False),
+        tokens(4, 4),
+        mask=lambda n: torch.arange(4) < 1 + torch.arange(n)[:, None],
+        skip={
+            "inductor": "slow, and the same as of TransformerBlock",
+            "second_gradients": "torch's fused attention has none",
+        },
+    ),
 ]
