@@ -3,7 +3,8 @@
 Each takes ``(rewards, groups, **options)`` and returns one number per turn, dialogue by dialogue.
 A reward that is not finite is unknown: it counts as the mean of its dialogue in sums over time,
 stays out of statistics, and is credited nothing. Formulas: arXiv 2603.06194 (MAPO), 2402.03300
-(GRPO), 2402.14740 (RLOO), 2501.03262 (REINFORCE++), 2505.10978 (GiGPO), 1506.02438 (GAE).
+(GRPO), 2402.14740 (RLOO), 2501.03262 (REINFORCE++), 2505.10978 (GiGPO), 2601.10712
+(MatchTIR), 1506.02438 (GAE).
 """
 
 from __future__ import annotations
@@ -136,6 +137,23 @@ def turn_baseline(rewards, groups, gamma=0.85, eps=1e-8):
     return compare(centered, rows.batch, rows.known, eps=eps)
 
 
+def matchtir(
+    rewards, groups, gamma=0.9, weight=0.5, ddof=1, eps=1e-6, scale=True, singleton="zero"
+):
+    rows = Rows(rewards, groups)
+    gain = rows.returns(gamma)
+    by_turn = compare(gain, rows.cell, rows.known, ddof, eps, scale=scale)
+    if singleton == "raw":
+        reached = [c for c, known in zip(rows.cell, rows.known, strict=True) if known]
+        by_turn = rows.mask(
+            [
+                r if reached.count(c) == 1 else a
+                for r, c, a in zip(gain, rows.cell, by_turn, strict=True)
+            ]
+        )
+    return (1 - weight) * grpo(rewards, groups, ddof, eps, scale) + weight * by_turn
+
+
 def ppo(rewards, groups, value, gamma=0.99, lam=0.95, whiten=True):
     rows, value = Rows(rewards, groups), list(value)
     lines = [[value.pop(0) for _ in row] for row in rewards]
@@ -155,6 +173,7 @@ ESTIMATORS = {
     "gigpo": gigpo,
     "grpo-turn": grpo_turn,
     "turn-baseline": turn_baseline,
+    "matchtir": matchtir,
     "ppo": ppo,
 }
 

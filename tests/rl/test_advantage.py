@@ -36,6 +36,7 @@ OPTIONS = {
     "scale": st.booleans(),
     "reset_at_user": st.booleans(),
     "weight": st.floats(-1, 2),
+    "singleton": st.sampled_from(["zero", "raw"]),
     "lam": st.floats(0, 1),
     "whiten": st.booleans(),
 }

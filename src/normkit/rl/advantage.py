@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ __all__ = [
     "estimate",
     "get_estimator",
     "mapo",
+    "matchtir",
     "to_tokens",
     "turn_normalize",
 ]
@@ -262,6 +263,45 @@ def turn_baseline(turns: Turns, *, gamma: float = 0.85, eps: float = 1e-8) -> Te
     return batch_normalize(centered, turns, "batch", 0, eps)
 
 
+def matchtir(
+    turns: Turns,
+    *,
+    gamma: float = 0.9,
+    weight: float = 0.5,
+    ddof: int = 1,
+    eps: float = 1e-6,
+    scale: bool = True,
+    singleton: Literal["zero", "raw"] = "zero",
+) -> Tensor:
+    """Dual-level advantage of MatchTIR (arXiv 2601.10712): trajectory and turn.
+
+    ``A = (1 - weight) A_traj + weight A_turn``: A_traj is the z-score of a dialogue's *sum* of turn
+    rewards over its group, A_turn the z-score of the *returns* over the group's dialogues at the
+    same turn index. Where all dialogues of a group earned the same sum, the turn term still trains.
+
+    Args:
+        turns: the rows.
+        gamma: discount per turn of the returns.
+        weight: weight of A_turn; 1/2 is the authors' code, the paper adds both without weights.
+        ddof: subtracted from the count in both variances.
+        eps: added to both deviations.
+        scale: False centers only.
+        singleton: A_turn of a turn that one dialogue alone reached: "zero", or the return itself
+            ("raw", the authors' code).
+
+    Returns:
+        Advantages ``[N]``.
+    """
+    if singleton not in ("zero", "raw"):
+        raise InputError(f"singleton must be zero or raw, got {singleton!r}")
+    returns, cell = turns.returns(gamma), turns.cell
+    by_turn = normalize_rows(returns, cell, turns.known, ddof, eps, scale=scale)
+    if singleton == "raw":
+        n = segment_moments(returns, *cell, turns.known).n
+        by_turn = torch.where(n.index_select(0, cell.ids) == 1, returns, by_turn)
+    return torch.lerp(grpo(turns, ddof=ddof, eps=eps, scale=scale), by_turn, weight)
+
+
 @dataclass(frozen=True)
 class Estimator:
     """A registered estimator; call it on flat rows as :func:`estimate` without the name.
@@ -344,6 +384,7 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator(
             "turn-baseline", turn_baseline, "turn-centered returns, whitened", skip=_WHITENED
         ),
+        Estimator("matchtir", matchtir, "outcome plus returns over the group at the same turn"),
         Estimator("ppo", ppo, "turn-level GAE with a critic", needs=("value",), skip=_WHITENED),
     )
 }
