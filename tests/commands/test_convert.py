@@ -93,5 +93,7 @@ def test_a_folder_with_content_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="exists already"):
         convert.main(["nowhere", "--to", "folded", "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="untie"):
+        convert.main(["x", "--to", "folded", "--out", str(tmp_path / "o"), "--untie"])
     with pytest.raises(InputError, match="repeats must be at least 1"):
         convert.main(["x", "--to", "folded", "--out", str(tmp_path / "o"), "--repeats", "0"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from normkit.errors import InputError
 from normkit.nn import CRMSNorm, LayerNorm, RMSNorm
 from normkit.surgery import export_onnx, fold, recenter
 from normkit.surgery.layers import CompletedCRMSNorm
@@ -53,3 +54,8 @@ def test_a_layer(layer: nn.Module, tmp_path):
     x = torch.randn(5, 4, 6)
     got = _run(tmp_path / "layer.onnx", [x])
     torch.testing.assert_close(got, run(layer, (x,))[0], rtol=0, atol=1e-5)
+
+
+def test_bfloat16_is_refused():
+    with pytest.raises(InputError, match="bfloat16"):
+        export_onnx(nn.Linear(2, 2).bfloat16(), "unused.onnx", (torch.randn(1, 2),))

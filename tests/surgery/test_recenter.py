@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from normkit.errors import InputError, NormkitError
-from normkit.nn import CRMSNorm, RMSNorm
+from normkit.nn import CRMSNorm, LayerNorm, RMSNorm
 from normkit.surgery import Stream, bake, recenter, stream_means
 from normkit.surgery.layers import CompletedCRMSNorm
 from normkit.surgery.reads import largest_difference, run
@@ -350,3 +350,26 @@ def test_a_second_conversion_is_refused():
     recenter(model, online=True)
     with pytest.raises(InputError, match="not a LayerNorm"):
         recenter(model, online=True)
+
+
+@BOTH
+def test_zero_centered_gains_keep_their_meaning(to):
+    norm = lambda d: LayerNorm(d, zero_centered=True)  # noqa: E731
+    model = tiny.randomize(Own(norm=norm).double())
+    original = copy.deepcopy(model)
+    recenter(model, to, streams=[OWN], inputs=(IDS,))
+    assert largest_difference(run(original, (IDS,)), run(model, (IDS,))) < 1e-12
+
+
+def test_dropout_on_the_stream_is_noted():
+    assert "resid_pdrop" in recenter(tiny.build("gpt2")).notes[0]
+    assert not recenter(tiny.build("gpt-neox")).notes
+
+
+def test_half_precision_completes_the_vector_in_float32():
+    dice = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 768, generator=dice, dtype=torch.float64)
+    z = (x - x.mean(1, keepdim=True))[:, :-1].bfloat16()
+    full = torch.cat((z.double(), -z.double().sum(1, keepdim=True)), 1)
+    got = CompletedCRMSNorm(768, bias=False).bfloat16()(z)
+    torch.testing.assert_close(got, RMSNorm(768, 1e-5).double()(full).bfloat16())

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``normkit convert``."""
     options = tyro.cli(ConvertOptions, args=arguments, prog="normkit convert")
     check_new(options.out)
+    if options.untie and options.to == "folded":
+        raise InputError("untie: folding leaves the embedding table as it is")
     if options.repeats < 1:
         raise InputError(f"repeats must be at least 1, got {options.repeats}")
     console = Console(stderr=True)
@@ -66,15 +68,15 @@ def main(arguments: Sequence[str]) -> None:
         model, report = convert(original, options)
     with console.status("comparing it with the original"):
         facts = compare(original, model, tokenizer, options.repeats)
-    with console.status(f"writing {options.out}"):
-        kept = {"to": options.to, "from": options.model, **facts, "report": report.as_dict()}
-        save(model, options.out, options.model, kept)
     if options.onnx is not None:
         with console.status(f"writing {options.onnx}"):
             facts["onnx_difference"] = export_onnx(model, options.onnx)
+    with console.status(f"writing {options.out}"):
+        kept = {"to": options.to, "from": options.model, **facts, "report": report.as_dict()}
+        save(model, options.out, options.model, kept)
     line = f"model = normkit.surgery.load({str(options.out)!r})"
     if options.json:
-        print(json.dumps({**kept, **facts, "load": line}, indent=2))
+        print(json.dumps({**kept, "load": line}, indent=2))
         return
     print(report)
     for name in ("random", "real"):

@@ -56,7 +56,7 @@ def export_onnx(
         The largest absolute difference between onnxruntime and the model on ``inputs``.
 
     Raises:
-        InputError: for a model of 2 GB or more, which one ONNX file cannot hold.
+        InputError: for a model of 2 GB or more, which one ONNX file cannot hold, or in bfloat16.
         MissingDependencyError: without the extra ``onnx``.
         NormkitError: if the file cannot be made, or computes something else.
     """
@@ -67,6 +67,8 @@ def export_onnx(
         raise MissingDependencyError(error.name or "onnxruntime", "onnx") from None
     if sum(p.numel() * p.element_size() for p in model.parameters()) >= _LIMIT:
         raise InputError("model: its weights take 2 GB or more, which one ONNX file cannot hold")
+    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise InputError("model: onnxruntime cannot check bfloat16; convert it with .float() first")
     inputs = sample_inputs(model) if inputs is None else inputs
     names = tuple(inputs) if isinstance(inputs, Mapping) else ()
     tensors = tuple(inputs.values()) if isinstance(inputs, Mapping) else tuple(inputs)

@@ -70,12 +70,12 @@ class CompletedCRMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros_like(gain)) if has_bias else None
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map ``[*, d-1]`` to ``[*, d]``."""
-        n = crms_norm(z, self.eps)
+        """Map ``[*, d-1]`` to ``[*, d]``; half input is computed in float32 and rounded once."""
+        n = crms_norm(z if z.dtype == torch.float64 else z.float(), self.eps)
         y = torch.cat((n, -n.sum(-1, keepdim=True)), -1)
         if self.weight is not None:
             y = y * self.weight
-        return y if self.bias is None else y + self.bias
+        return (y if self.bias is None else y + self.bias).to(z.dtype)
 
     def extra_repr(self) -> str:
         """Show the arguments."""

@@ -28,13 +28,20 @@ from torch.nn.utils import parametrize
 
 from normkit.errors import InputError, NormkitError
 from normkit.nn import CRMSNorm, RMSNorm
-from normkit.surgery.architectures import STREAMS, Stream, companion, select
+from normkit.surgery.architectures import Stream, companion
 from normkit.surgery.fold import folded_affine, linear_readers
 from normkit.surgery.layers import CompletedCRMSNorm, Recenter, with_parameters_of
 from normkit.surgery.ledger import Ledger, changes
 from normkit.surgery.linear import along, center, drop_last, input_axis, output_axes, refresh_sizes
-from normkit.surgery.norms import describe_norms, is_layer_norm, norm_layers
+from normkit.surgery.norms import norm_layers
 from normkit.surgery.reads import DataFlow, largest_difference, run, watch
+from normkit.surgery.refusals import (
+    below,
+    check_convertible,
+    checked_layer_norm,
+    find_streams,
+    why_not,
+)
 from normkit.surgery.report import Report
 from normkit.surgery.samples import sample_inputs
 from normkit.surgery.sharing import sharers
@@ -90,7 +97,7 @@ def recenter(
         raise InputError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
     found = find_streams(model, streams)
     if not found:
-        raise InputError(f"model: {_why_not(model, inputs)}")
+        raise InputError(f"model: {why_not(model, inputs)}")
     inputs = sample_inputs(model) if inputs is None else inputs
     flow = watch(model, inputs)
     check_convertible(model, found, flow)
@@ -101,17 +108,11 @@ def recenter(
         for root, stream in found:
             names += _Conversion(ledger, flow, report, root, stream, to, online, untie).run()
         _check(model, inputs, names, before, report)
+    if dropped := _active_dropout(model):
+        report.notes.append(
+            f"exact in evaluation; in training {', '.join(dropped)} gives the stream a mean again"
+        )
     return report
-
-
-def find_streams(model: nn.Module, streams: Sequence[Stream] = ()) -> list[tuple[str, Stream]]:
-    """Return the residual streams of ``model`` that a map describes, as (path, map)."""
-    known = {s.module: s for s in (*STREAMS, *streams)}
-    return [
-        (path, known[type(module).__name__])
-        for path, module in model.named_modules()
-        if type(module).__name__ in known
-    ]
 
 
 def stream_means(
@@ -198,15 +199,15 @@ class _Conversion:
         self.root, self.stream, self.online, self.untie = root, stream, online, untie
         self.compress = to == "pre-crmsnorm"
         self.model = ledger.model
-        self.norms = _paths(self.model, root, stream.norms)
-        self.channels = _layer_norm(self.model, self.norms[0]).normalized_shape[0]
+        self.norms = below(self.model, root, stream.norms)
+        self.channels = checked_layer_norm(self.model, self.norms[0]).normalized_shape[0]
 
     def run(self) -> list[str]:
         """Convert the stream; return the paths of its norms."""
         self._embeddings()
         for pattern in self.stream.writers:
             scale = self.stream.scales.get(pattern)
-            for path in _paths(self.model, self.root, (pattern,)):
+            for path in below(self.model, self.root, (pattern,)):
                 relative = path.removeprefix(f"{self.root}.")
                 self._writer(path, scale and companion(pattern, relative, scale))
         for path in self.norms:
@@ -215,7 +216,7 @@ class _Conversion:
 
     def _embeddings(self) -> None:
         targets = []
-        for path in _paths(self.model, self.root, self.stream.embeddings):
+        for path in below(self.model, self.root, self.stream.embeddings):
             parts = self._outputs(path)
             if parts and parts[0][1].shape[parts[0][2]] == self.channels:
                 targets.append((path, parts))
@@ -227,7 +228,7 @@ class _Conversion:
         ]
         why = self._why_at_entry([p for p, _ in targets], shared)
         if why:
-            block = _paths(self.model, self.root, (self.stream.blocks,))[0]
+            block = below(self.model, self.root, (self.stream.blocks,))[0]
             self.ledger.recenter_input(block, Recenter(self.compress))
             self.report.did(block, f"subtracts the mean of its input, since {why}")
             return
@@ -312,10 +313,11 @@ class _Conversion:
         return factor
 
     def _norm(self, path: str) -> None:
-        norm = _layer_norm(self.model, path)
+        norm = checked_layer_norm(self.model, path)
         affine, bias = norm.weight is not None, norm.bias is not None
         if not self.compress:
-            new: nn.Module = RMSNorm(self.channels, norm.eps, affine, bias=bias)
+            zero = getattr(norm, "zero_centered", False)
+            new: nn.Module = RMSNorm(self.channels, norm.eps, affine, bias=bias, zero_centered=zero)
             self.ledger.swap(path, with_parameters_of(new, norm))
             self.report.did(path, "LayerNorm -> RMSNorm")
             return
@@ -323,12 +325,14 @@ class _Conversion:
         if why or self.online:
             new = CompletedCRMSNorm(self.channels, norm.eps, affine, bias)
             self.ledger.swap(path, with_parameters_of(new, norm))
+            if getattr(norm, "zero_centered", False):
+                self.ledger.set(new, "weight", norm.gain)
             why = why or "its gain and shift are trained"
             self.report.did(path, f"LayerNorm -> CRMSNorm, completed since {why}")
             return
         for reader in readers:
             layer = self.model.get_submodule(reader)
-            weight, shift = folded_affine(layer, norm.weight, norm.bias)
+            weight, shift = folded_affine(layer, getattr(norm, "gain", norm.weight), norm.bias)
             axis = input_axis(layer)
             last = weight.narrow(axis, self.channels - 1, 1)
             self.ledger.set(layer, "weight", drop_last(weight, axis) - last)
@@ -342,51 +346,15 @@ class _Conversion:
         return f"{role} {done}" + (", last channel left out" if self.compress else "")
 
 
-def check_convertible(
-    model: nn.Module, found: Sequence[tuple[str, Stream]], flow: DataFlow
-) -> None:
-    """Refuse a model whose streams are not Pre-LN, by what was watched.
-
-    Raises:
-        InputError: names the layer and the reason.
-    """
-    for root, stream in found:
-        norms = _paths(model, root, stream.norms)
-        if not norms or not _paths(model, root, (stream.blocks,)):
-            raise InputError(f"model: the map of {stream.module} finds no norm or block below it")
-        for path in norms:
-            _layer_norm(model, path)
-            if not flow.calls[path]:
-                raise InputError(f"inputs: {path} did not run on them; pass inputs that reach it")
-            if any(read.is_addition for read in flow.readers(path)):
-                raise InputError(f"model: {_post_ln(path)}")
-
-
-def _why_not(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | None) -> str:
-    """Why a model without a map is not converted."""
-    name, norms = type(model).__name__, norm_layers(model)
-    if not any(is_layer_norm(norm) for norm in norms.values()):
-        already = any("RMSNorm" in type(norm).__name__ for norm in norms.values())
-        what = "uses RMSNorm already, so there is nothing to recenter" if already else "has none"
-        return f"{name} {what} (LayerNorm is what is converted; norms: {describe_norms(model)})"
-    try:
-        flow = watch(model, sample_inputs(model) if inputs is None else inputs)
-    except InputError:
-        flow = DataFlow()
-    for path, norm in norms.items():
-        if is_layer_norm(norm) and any(read.is_addition for read in flow.readers(path)):
-            return _post_ln(path)
-    return (
-        f"no map says where the residual stream of {name} lies (norms: {describe_norms(model)}); "
-        "describe it by a normkit.surgery.Stream and pass streams=[...]"
-    )
-
-
-def _post_ln(path: str) -> str:
-    return (
-        f"it is post-LN: the output of {path} is added to the residual stream, so its mean "
-        "matters; only Pre-LN models can be recentered"
-    )
+def _active_dropout(model: nn.Module) -> list[str]:
+    """Settings by which a model of transformers drops what is written to its streams."""
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    return [
+        name
+        for name, value in settings.items()
+        if "drop" in name and "att" not in name and isinstance(value, float) and value > 0
+    ]
 
 
 def _check(
@@ -414,21 +382,6 @@ def _check(
         raise NormkitError(f"{_WRONG_MAP}: what {worst} reads has a mean ({means[worst]:.1e})")
     if not gap <= tolerance * max(1.0, *(float(x.abs().max()) for x in before)):
         raise NormkitError(f"{_WRONG_MAP}: outputs differ by {gap:.1e} on the sample")
-
-
-def _layer_norm(model: nn.Module, path: str) -> Any:
-    layer: Any = model.get_submodule(path)
-    if not is_layer_norm(layer):
-        kind = type(layer).__name__
-        raise InputError(f"model: {path} is a {kind}, not a LayerNorm over the channels")
-    if len(layer.normalized_shape) != 1:
-        raise InputError(f"model: {path} normalizes over {layer.normalized_shape}, not one axis")
-    return layer
-
-
-def _paths(model: nn.Module, root: str, patterns: Sequence[str]) -> list[str]:
-    found = select(model.get_submodule(root), patterns)
-    return [f"{root}.{path}" if root else path for path in found]
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -33,9 +33,22 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 12, seed: int 
     if config is None or kind is None:
         name = type(model).__name__
         raise InputError(f"inputs: cannot guess what {name} reads; {_HOW}")
-    dice = torch.Generator().manual_seed(seed)
+    try:
+        inputs = _random(model, config, kind, batch, length, torch.Generator().manual_seed(seed))
+    except AttributeError as error:
+        raise InputError(f"inputs: cannot guess what {kind!r} is like ({error}); {_HOW}") from None
     weight = next(model.parameters())
-    inputs: dict[str, Any] = {}
+    return {
+        name: x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+        for name, x in inputs.items()
+    }
+
+
+def _random(
+    model: nn.Module, config: Any, kind: str, batch: int, length: int, dice: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Draw what the configuration describes, in float32."""
+    inputs: dict[str, torch.Tensor] = {}
     if kind == "pixel_values":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -52,11 +65,7 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 12, seed: int 
     if getattr(config, "add_cross_attention", False):
         shape = (batch, length, config.hidden_size)
         inputs["encoder_hidden_states"] = torch.randn(shape, generator=dice)
-    dtype = weight.dtype
-    return {
-        name: x.to(weight.device, dtype if x.is_floating_point() else x.dtype)
-        for name, x in inputs.items()
-    }
+    return inputs
 
 
 def real_inputs(model: nn.Module, tokenizer: Any = None) -> tuple[Any, str]:
