@@ -17,9 +17,7 @@ Needs scikit-learn and scipy (``pip install 'normkit[data]'``); judging does not
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normkit.errors import InputError, MissingDependencyError
+from normkit.errors import MissingDependencyError
 from normkit.files import write_text
-from normkit.rl.environments.scenario import Persona, Scenario
-from normkit.rl.judge import JudgeRequest
 from normkit.rl.judges.encoder import SentenceEncoder
 from normkit.rl.judges.features import (
     LEVELS,
@@ -39,7 +35,8 @@ from normkit.rl.judges.features import (
     feature_names,
     load_exemplars,
 )
-from normkit.rl.rubric import AXES, Axis, AxisLevels, Progress
+from normkit.rl.judges.labelled import Labelled, load_labelled
+from normkit.rl.rubric import AXES, Axis, Progress
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -62,56 +59,6 @@ _HARMS = {
     "near-1", "near-2",
 }
 # fmt: on
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A reply and the rubric that a reader filled for it.
-
-    Attributes:
-        request: the reply with its context.
-        label: the filled rubric.
-        context: name of the context; replies of one context are kept together in folds.
-    """
-
-    request: JudgeRequest
-    label: Progress
-    context: str
-
-
-def load_labelled() -> list[Labelled]:
-    """The labelled replies that normkit ships for calibration."""
-    try:
-        import yaml
-    except ImportError:
-        raise MissingDependencyError("pyyaml", "rl") from None
-    file = resources.files("normkit.data.labelled").joinpath("calibration.yaml")
-    return parse_labelled(yaml.safe_load(file.read_text("utf-8")))
-
-
-def parse_labelled(data: Mapping[str, Any]) -> list[Labelled]:
-    """Build labelled replies from the form of ``calibration.yaml``.
-
-    Raises:
-        InputError: where a reply names a context that is not there.
-    """
-    found = []
-    for row in data["replies"]:
-        name = row["context"]
-        if name not in data["contexts"]:
-            raise InputError(f"context must be one of the file's contexts, got {name!r}")
-        context = data["contexts"][name]
-        scenario = _scenario(name, context)
-        request = JudgeRequest(
-            scenario=scenario,
-            history=tuple((said, reply) for said, reply in row.get("history", ())),
-            message=row.get("message", context["opening"]),
-            reply=row["reply"],
-            truncated=row.get("truncated", False),
-        )
-        label = Progress(*(AxisLevels(*row[axis]) for axis in AXES))
-        found.append(Labelled(request, label, name))
-    return found
 
 
 def fit_heads(encoder: SentenceEncoder) -> dict[Axis, Tensor]:
@@ -179,41 +126,28 @@ def fit_levels(features: Sequence[Features], labels: Sequence[Progress]) -> dict
 
 
 def _logistic(Z: Array, y: Flags, signs: Array) -> Array:
-    """L2-penalized logistic regression with weights of given sign; the bias comes last."""
+    """L2-penalized logistic regression with weights of given sign; the bias comes last.
+
+    Rare levels weigh more, halfway to balance: a level 2 that is never seen teaches nothing.
+    """
     from scipy.optimize import minimize
 
     t = np.where(y, 1.0, -1.0)
+    counts = np.where(y, np.sqrt(len(y) / (2 * max(y.sum(), 1))), 1.0)
     X = np.concatenate([Z, np.ones((len(Z), 1))], axis=1)
     penalty = np.full(X.shape[1], _PENALTY)
     penalty[-1] = 0.0
 
     def loss(w: Array) -> tuple[float, Array]:
         margin = t * (X @ w)
-        value = np.logaddexp(0, -margin).sum() + 0.5 * (penalty * w * w).sum()
-        slope = -(t / (1 + np.exp(margin))) @ X + penalty * w
+        value = (counts * np.logaddexp(0, -margin)).sum() + 0.5 * (penalty * w * w).sum()
+        slope = -(counts * t / (1 + np.exp(margin))) @ X + penalty * w
         return float(value), slope
 
     bounds = [(0 if s > 0 else None, 0 if s < 0 else None) for s in (*signs, 0)]
     found = minimize(loss, np.zeros(X.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds)
     weights: Array = found.x.round(3)
     return weights
-
-
-def _scenario(name: str, context: Mapping[str, Any]) -> Scenario:
-    """A context as a scenario; what the judge never looks at is left neutral."""
-    return Scenario(
-        id=name,
-        category=name.partition("-")[0],
-        persona=Persona("Alex", 40, "-", "-", "medium"),
-        situation=context["situation"],
-        needs=context.get("needs", context["situation"]),
-        deficit={},
-        points={axis: tuple(context["points"][axis]) for axis in AXES},
-        opening=context["opening"],
-        lines=dict.fromkeys(AXES, ()),
-        hurt=(),
-        relief=(),
-    )
 
 
 def main() -> None:

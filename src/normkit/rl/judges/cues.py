@@ -135,8 +135,7 @@ def count_cues(text: str) -> dict[str, float]:
 
     Returns:
         Name to number: the counted cues; ``self``, first-person words outside phrases
-        of sympathy; the shares ``function``, ``you``, ``foreign``; ``broken`` pairs of words;
-        and ``length``, the words in units of twenty.
+        of sympathy; the shares ``function``, ``you``, ``foreign``; and ``broken`` pairs of words.
     """
     cues = load_cues()
     plain = text.replace("’", "'")
@@ -149,12 +148,11 @@ def count_cues(text: str) -> dict[str, float]:
     odd = sum(ord(c) > 0x2026 or c in "{}[]<>*#_=|\\~^@" or 0xC0 <= ord(c) < 0x250 for c in plain)
     found["foreign"] = min(odd / n, 1.0)
     found["broken"] = float(min(len(_BROKEN.findall(plain)), 3))
-    found["length"] = min(n / 20, 3.0)
     return found
 
 
 def _stem(word: str) -> str:
-    for end in ("'s", "ings", "ing", "ied", "ies", "ed", "es", "ly", "s"):
+    for end in ("'s", "ings", "ing", "ied", "ies", "ed", "es", "ly", "s", "e", "y"):
         if word.endswith(end) and len(word) - len(end) >= 3:
             word = word[: -len(end)]
             break

@@ -136,6 +136,8 @@ def _apply_rules(
         wins_at_most(0, "cognitive")
     if not features.grounded and features.generic_before:
         wins_at_most(0)
+    if features.shared["flattery"] and not features.shared["choice"]:
+        wins_at_most(0, "proactive")
     if features.shared["question"] >= 3:
         wins_at_most(0)
         at_most(cognitive=-1)

@@ -47,7 +47,7 @@ class Features:
         grounded: how many words are this person's own, out of what they said or what befell them.
         strange: how many words of content are neither theirs nor such as could be said to anyone.
         generic_before: an earlier reply held no word of theirs.
-        repeated: share of the words that were said in an earlier reply.
+        repeated: share of the words that were said before, in an earlier reply or in this one.
         copied: share of the words that are taken from the person's message.
         verbatim: the reply was given before, word for word.
     """
@@ -148,7 +148,6 @@ class FeatureReader:
             "pieces": min(self.encoder.pieces(reply) / max(len(tokens), 1) - 1, 2.0),
             "false_joy": 0.0 if joyful else min(shared["joy"], 2.0),
             "cut": float(request.truncated),
-            "sentences": min(len(sentences) / 3, 2.0),
         }
         own, shown = {}, {}
         for axis in AXES:
@@ -174,11 +173,16 @@ class FeatureReader:
         return cues.content_words(" ".join([*said, *_context(request)])) - self.common
 
     def _fresh(self, sentences: Sequence[str], earlier: Sequence[str]) -> tuple[list[str], float]:
-        """Return the sentences that were not said before, and the share of words that were."""
-        old = [sentence for text in earlier for sentence in self._sentences(text)]
-        if not old:
-            return list(sentences), 0.0
-        same = _best(self.encoder(sentences), self.encoder(old)) >= _REPEATS
+        """Return the sentences that were not said before, and the share of words that were.
+
+        What the reply itself has said already counts as said before.
+        """
+        vectors = self.encoder(sentences)
+        said = self.encoder([sentence for text in earlier for sentence in self._sentences(text)])
+        near = np.hstack(
+            [np.tril(_similarities(vectors, vectors), -1), _similarities(vectors, said)]
+        )
+        same = near.max(1) >= _REPEATS
         fresh = [s for s, repeats in zip(sentences, same, strict=True) if not repeats]
         count = [max(len(cues.words(s)), 1) for s in sentences]
         again = sum(n for n, repeats in zip(count, same, strict=True) if repeats)
