@@ -1,146 +1,133 @@
 """One training step beside the prototype that re-encodes the text every turn.
 
-The peer generates each turn anew from the whole text with transformers' ``generate`` and trains one
-pass per turn with full logits, in float32: the obvious way to write multi-turn RL. Both do the same
-work: 16 dialogues, the given turns, exactly 32 new tokens a turn, full fine-tuning of SmolLM2-135M.
+    python benchmarks/update.py --turns 3 6 --repeats 3      # on a quiet machine
+    python benchmarks/update.py --quick                      # checks that it runs, no more
 
-    python benchmarks/update.py --turns 3 --repeats 2
+16 dialogues, exactly 32 new tokens a turn, full fine-tuning of SmolLM2-135M-Instruct: the same
+weights, the same scripted user, the same number of sampled tokens on every side. The peer is
+benchmarks/_prototype.py in float32, and with bfloat16 generation and autocast. Sides take turns
+within a repeat and a ratio is taken within it. Peak memory is that of a process of its own per
+side, which makes one step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import resource
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 
-import torch
+from _prototype import Prototype, Script, sampled
+from _timing import Row, Spread, print_table
 
-from normkit.rl.environment import Reply, Step
-from normkit.rl.models import load_policy
+from normkit.rl.models import DtypeName, load_policy
 from normkit.rl.rollout import RolloutConfig
 from normkit.rl.trainer import Trainer, TrainerConfig
 
-NEW_TOKENS = 32
-MESSAGE = "I lost my job by phone yesterday and I have not told anybody at home yet."
+Step = Callable[[], tuple[float, float]]
+"""Makes one step; returns the seconds of generation and of update."""
+
+SIDES: dict[str, tuple[str, DtypeName]] = {
+    "normkit": ("ours", "auto"),
+    "normkit float32": ("ours", "float32"),
+    "prototype float32": ("peer", "float32"),
+    "prototype bfloat16": ("peer", "bfloat16"),
+}
+PHASES = ("generation", "update", "whole step")
 
 
-class Session:
-    """A dialogue that lasts a fixed number of turns."""
-
-    task, system, message = "career-bench", "You are a kind friend.", MESSAGE
-
-    def __init__(self) -> None:
-        self.turns = 0
-
-
-class FixedWorld:
-    """A world whose cost is nothing, so that generation and update are what is timed."""
-
-    def __init__(self, turns: int) -> None:
-        self.max_turns = turns
-
-    def tasks(self, split: str) -> list[str]:
-        return [f"{split}-{i}" for i in range(4)]
-
-    def start(self, task: str, seed: int) -> Session:
-        return Session()
-
-    def step(self, sessions: list[Session], replies: list[Reply]) -> list[Step]:
-        steps = []
-        for i, session in enumerate(sessions):
-            session.turns += 1
-            over = session.turns >= self.max_turns
-            steps.append(Step(float(i % 5), None if over else MESSAGE, "end" if over else None))
-        return steps
-
-    def score(self, session: Session) -> dict[str, float]:
-        return {"score": 0.0}
-
-
-def ours(turns: int, dtype: str, repeats: int) -> list[tuple[float, float]]:
-    """Seconds of generation and of update, per repeat."""
+def ours(dtype: DtypeName, turns: int, dialogues: int, new_tokens: int) -> Step:
+    """A step of the trainer."""
     model, tokenizer = load_policy("smollm2")
-    rollout = RolloutConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, dtype=dtype)
-    config = TrainerConfig(steps=repeats + 1, autocast=dtype, learning_rate=1e-6)
-    trainer = Trainer(model, tokenizer, FixedWorld(turns), config, rollout)
-    found = [trainer.train_step() for _ in range(repeats + 1)][1:]
-    return [(n["rollout_seconds"], n["update_seconds"]) for n in found]
+    rollout = RolloutConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, dtype=dtype)
+    config = TrainerConfig(
+        steps=1, groups=4, group_size=dialogues // 4, autocast=dtype, learning_rate=1e-6
+    )
+    trainer = Trainer(model, tokenizer, Script(turns), config, rollout)
+
+    def step() -> tuple[float, float]:
+        numbers = trainer.train_step()
+        if (numbers["reply_tokens"], numbers["turns"]) != (new_tokens, turns):
+            raise SystemExit("normkit's replies end early: the work is not equal")
+        return numbers["rollout_seconds"], numbers["update_seconds"]
+
+    return step
 
 
-def prototype(turns: int, repeats: int) -> list[tuple[float, float]]:
-    """The same work without a carried cache and with one pass per turn."""
-    model, tokenizer = load_policy("smollm2")
-    tokenizer.padding_side = "left"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    found = []
-    for _ in range(repeats):
-        chats = [
-            [{"role": "system", "content": Session.system}, {"role": "user", "content": MESSAGE}]
-            for _ in range(16)
-        ]
-        passes = []
+def peer(dtype: DtypeName, turns: int, dialogues: int, new_tokens: int) -> Step:
+    """A step of the prototype."""
+    prototype = Prototype(dtype, new_tokens)
+
+    def step() -> tuple[float, float]:
         started = time.perf_counter()
-        for turn in range(turns):
-            prompt = tokenizer.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-                padding=True,
-            )
-            with torch.no_grad():
-                out = model.generate(
-                    **prompt,
-                    do_sample=True,
-                    top_k=0,
-                    max_new_tokens=NEW_TOKENS,
-                    min_new_tokens=NEW_TOKENS,
-                )
-            width = prompt["input_ids"].shape[1]
-            passes.append((out, prompt["attention_mask"], width))
-            for i, chat in enumerate(chats):
-                chat.append({"role": "assistant", "content": tokenizer.decode(out[i, width:])})
-                if turn + 1 < turns:
-                    chat.append({"role": "user", "content": MESSAGE})
+        passes = prototype.generate(Script(turns), dialogues)
         generated = time.perf_counter()
-        for out, mask, width in passes:
-            for part in range(0, 16, 4):
-                rows = slice(part, part + 4)
-                whole = torch.nn.functional.pad(mask[rows], (0, NEW_TOKENS), value=1)
-                logits = model(out[rows], attention_mask=whole).logits[:, width - 1 : -1]
-                logprob = torch.log_softmax(logits, -1)
-                chosen = logprob.gather(-1, out[rows, width:, None])
-                (-(chosen.mean()) / (4 * turns)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append((generated - started, time.perf_counter() - generated))
-    return found
+        prototype.update(passes)
+        if sampled(passes) != dialogues * turns * new_tokens:
+            raise SystemExit("the prototype's replies end early: the work is not equal")
+        return generated - started, time.perf_counter() - generated
+
+    return step
+
+
+def build(side: str, *work: int) -> Step:
+    """Load one side for ``work``: turns, dialogues, new tokens."""
+    kind, dtype = SIDES[side]
+    return (ours if kind == "ours" else peer)(dtype, *work)
+
+
+def peak_gigabytes(side: str, *work: int) -> float:
+    """Peak resident memory of a process that makes one step."""
+    command = [sys.executable, __file__, "--only", side, "--work", *map(str, work)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def table(phase: int, seconds: dict[str, list[tuple[float, float]]]) -> list[Row]:
+    """Rows of one phase: the first side is what the others are compared with."""
+    taken = {n: [(*t, sum(t))[phase] for t in times] for n, times in seconds.items()}
+    base = taken[next(iter(taken))]
+    return [
+        Row(n, Spread.of(t), Spread.of([a / b for a, b in zip(t, base, strict=True)]))
+        for n, t in taken.items()
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, nargs="+", default=[3, 6])
+    parser.add_argument("--dialogues", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--quick", action="store_true", help="4 dialogues, 2 turns, 4 tokens, once")
+    parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    runs = {
-        "prototype float32": prototype(options.turns, options.repeats),
-        "normkit float32": ours(options.turns, "float32", options.repeats),
-        "normkit auto": ours(options.turns, "auto", options.repeats),
-    }
-    if options.json:
-        print(json.dumps(runs))
+    if options.only:
+        build(options.only, *options.work)()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
-    base = runs["prototype float32"]
-    for name, times in runs.items():
-        line = [f"{name:18}"]
-        for label, pick in (("generation", 0), ("update", 1), ("whole", None)):
-            values = [sum(t) if pick is None else t[pick] for t in times]
-            peer = [sum(t) if pick is None else t[pick] for t in base]
-            ratio = statistics.median(peer) / statistics.median(values)
-            line.append(f"{label} {min(values):.1f}..{max(values):.1f} s ({ratio:.1f}x)")
-        print("  ".join(line))
+    if options.quick:
+        options.turns, options.dialogues, options.new_tokens, options.repeats = [2], 4, 4, 1
+    for turns in options.turns:
+        work = turns, options.dialogues, options.new_tokens
+        steps = {side: build(side, *work) for side in options.sides}
+        for step in steps.values():  # the first step of a process is not the usual one
+            step()
+        seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in steps}
+        order = list(steps)
+        for _ in range(options.repeats):
+            for side in order:
+                seconds[side].append(steps[side]())
+            order.reverse()
+        del steps
+        what = f"{options.dialogues} dialogues, {turns} turns, {options.new_tokens} tokens"
+        for phase, name in enumerate(PHASES):
+            print_table(table(phase, seconds), f"{name}: {what}")
+        for side in options.sides:
+            print(f"peak memory of {side}: {peak_gigabytes(side, *work):.2f} GB", flush=True)
 
 
 if __name__ == "__main__":
