@@ -346,6 +346,9 @@ class _Conversion:
         return f"{role} {done}" + (", last channel left out" if self.compress else "")
 
 
+_INSIDE = ("att", "activation", "classifier", "summary")  # dropout that the stream never sees
+
+
 def _active_dropout(model: nn.Module) -> list[str]:
     """Settings by which a model of transformers drops what is written to its streams."""
     config: Any = getattr(model, "config", None)
@@ -353,7 +356,7 @@ def _active_dropout(model: nn.Module) -> list[str]:
     return [
         name
         for name, value in settings.items()
-        if "drop" in name and "att" not in name and isinstance(value, float) and value > 0
+        if "drop" in name and not any(part in name for part in _INSIDE) and value
     ]
 
 
