@@ -205,6 +205,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": _elsewhere(
         "evaluate", "Score chat models on EmoBench, EQ-Bench v2 and held-out scenarios."
     ),
+    "inspect": _elsewhere(
+        "inspect", "Show a model's norms, what they cost, and which conversions apply."
+    ),
+    "convert": _elsewhere("convert", "Convert a model's norms exactly and write a checkpoint."),
 }
 
 
