@@ -58,6 +58,31 @@ def test_shared_tensors_are_kept_once_and_shared_again(tmp_path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
+def test_how_a_model_generates_is_kept(tmp_path):
+    model = tiny.build("gpt2", torch.float32)
+    model.generation_config.max_new_tokens = 5
+    recenter(model)
+    save(model, tmp_path / "out")
+    assert load(tmp_path / "out").generation_config.max_new_tokens == 5
+    assert load(tmp_path / "out").generate(torch.tensor([[1, 2]]), pad_token_id=0).shape[1] <= 7
+
+
+def test_tokenizer_files_are_copied_or_the_tokenizer_is_written(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("written")
+
+    model = tiny.build("gptj", torch.float32)
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "tokenizer.json").write_text("copied")
+    (tmp_path / "original" / "pytorch_model.bin").write_text("not this")
+    for original, expected in ((tmp_path / "original", "copied"), ("a/name", "written")):
+        out = tmp_path / expected
+        save(model, out, original, tokenizer=Tokenizer())
+        assert (out / "tokenizer.json").read_text() == expected
+        assert not (out / "pytorch_model.bin").exists()
+
+
 def test_dtypes_are_kept_or_changed(tmp_path):
     model = tiny.build("gptj", torch.bfloat16)
     recenter(model)

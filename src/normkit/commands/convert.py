@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
             facts["onnx_difference"] = export_onnx(model, options.onnx)
     with console.status(f"writing {options.out}"):
         kept = {"to": options.to, "from": options.model, **facts, "report": report.as_dict()}
-        save(model, options.out, options.model, kept)
+        save(model, options.out, options.model, kept, tokenizer)
     line = f"model = normkit.surgery.load({str(options.out)!r})"
     if options.json:
         print(json.dumps({**kept, "load": line}, indent=2))

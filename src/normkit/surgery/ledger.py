@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.surgery.layers import Recenter, describe
+from normkit.surgery.layers import Recenter, build, describe
 from normkit.surgery.linear import refresh_sizes
 
 _ATTRIBUTE = "_normkit_edits"
@@ -142,8 +142,6 @@ def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 def replay(model: nn.Module, edits: dict[str, Any]) -> None:
     """Put the layers of ``edits`` into a model built anew; their weights are loaded afterwards."""
-    from normkit.surgery.layers import build
-
     for path, spec in edits.items():
         layer = build(spec)
         if isinstance(layer, Recenter):

@@ -37,7 +37,8 @@ RECIPE = "normkit.json"
 WEIGHTS = "model.safetensors"
 _FORMAT = 1
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_CARRIED = ("token", "vocab", "merges", "spiece", "preprocessor", "processor", "generation_config")
+_GENERATION = "generation_config.json"
+_CARRIED = ("token", "vocab", "merges", "spiece", "preprocessor", "processor")
 
 
 def save(
@@ -45,6 +46,7 @@ def save(
     folder: str | Path,
     original: str | Path | None = None,
     facts: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write a model of transformers, with what surgery did to it, to a new folder.
 
@@ -53,6 +55,7 @@ def save(
         folder: it must not exist, or be empty.
         original: folder of the original, whose tokenizer files are copied.
         facts: kept in the recipe: how the model was converted, how far it is from the original.
+        tokenizer: written too, where ``original`` is not a folder that has it.
 
     Raises:
         InputError: for a folder with content, a model of another library, or a model with
@@ -79,10 +82,15 @@ def save(
     }
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
+        if generation := getattr(model, "generation_config", None):
+            generation.save_pretrained(temporary)
         save_file(_own_tensors(model), temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / RECIPE, recipe)
-        for source in _carried(original):
+        carried = _carried(original)
+        for source in carried:
             shutil.copy2(source, temporary / source.name)
+        if tokenizer is not None and not carried:
+            tokenizer.save_pretrained(temporary)
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -115,6 +123,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     except (AttributeError, TypeError) as error:
         raise InputError(f"{folder / RECIPE} does not fit the model: {error}") from None
     _fill(model, weights, folder / WEIGHTS)
+    if (folder / _GENERATION).is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
     return (model if dtype is None else model.to(dtype)).eval()
 
 

@@ -23,6 +23,7 @@ from normkit.surgery.linear import is_conv, is_linear
 from normkit.surgery.norms import norm_layers
 from normkit.surgery.reads import DataFlow, evaluating, run, watch
 from normkit.surgery.recenter import TARGETS, Target, recenter
+from normkit.surgery.refusals import find_streams
 
 CONVERSIONS: tuple[Target | Literal["folded"], ...] = (*TARGETS, "folded")
 Inputs = Mapping[str, Any] | Sequence[Any]
@@ -113,7 +114,8 @@ def conversions(model: nn.Module, inputs: Inputs) -> dict[str, str]:
     """Try each conversion on a copy of ``model``; say "yes", with a count, or why not."""
     found: dict[str, str] = {}
     for name in CONVERSIONS:
-        trial = copy.deepcopy(model).eval()
+        refused = name != "folded" and not find_streams(model)  # before anything is changed
+        trial = model if refused else copy.deepcopy(model).eval()
         try:
             if name == "folded":
                 report = fold(trial, inputs)
