@@ -31,6 +31,7 @@ def _random(model: nn.Module) -> nn.Module:
 
 IMAGE = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 ROWS = torch.randn(5, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+ODD = torch.randn(2, 7, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ def test_batch_norm_goes_into_its_neighbour(model, x, where):
         (lambda: [nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=2)], IMAGE, "grouped"),
         (lambda: [nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()], IMAGE, "2 reads it"),
         (lambda: [nn.ReLU(), nn.BatchNorm2d(4, track_running_stats=False)], IMAGE, "no running"),
+        (lambda: [nn.Linear(7, 6), nn.BatchNorm1d(7), nn.Linear(6, 2)], ODD, "another axis"),
         (lambda: [nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 1)], IMAGE, "no rule for a GroupNorm"),
         (lambda: [nn.LayerNorm(4)], ROWS, "the model's output reads it"),
         (lambda: [nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 3)], ROWS, "no gain"),

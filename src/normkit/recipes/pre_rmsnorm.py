@@ -114,22 +114,21 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
                 form: stream_means(forms[form], inputs, list(norm_layers(original)))
                 for form in ("original", "pre-rmsnorm")
             }
-        for what, make in calls(name):
-            with console.status(f"timing {name}, {what}"):
-                timings[f"{name} {what}"] = timing.latency(forms, make, inputs, config.repeats)
+        timed = [(f"{name} {what}", forms, make) for what, make in calls(name)]
         if config.compiled:
-            with console.status(f"compiling and timing {name}"):
-                compiled = {form: torch.compile(model) for form, model in forms.items()}
-                timings[f"{name} {calls(name)[0][0]}, compiled"] = timing.latency(
-                    compiled, timing.whole_pass, inputs, config.repeats
-                )
-                torch._dynamo.reset()
+            compiled = {form: torch.compile(model) for form, model in forms.items()}
+            timed.append((f"{timed[0][0]}, compiled", compiled, timing.whole_pass))
+        for what, these, make in timed:
+            with console.status(f"timing {what}"):
+                timings[what] = timing.latency(these, make, inputs, config.repeats)
+            console.print(_line(what, timings[what]), highlight=False)
+        torch._dynamo.reset()
     timing.draw(timings, means, folder / "plots" / "1_latency-and-means.png")
     results = summarize(config, exactness, means, timings, time.perf_counter() - started)
     logger.results(results)
     logger.close()
     page = write_report(folder)
-    for line in results["summary"]:
+    for line in results["summary"][: 1 + len(jobs)]:  # those of the timings are printed already
         console.print(line, highlight=False)
     console.print(f"report: {page}")
     return results
@@ -186,9 +185,7 @@ def summarize(
             f"{max(means[name]['original'].values()):.1e} before, "
             f"{max(means[name]['pre-rmsnorm'].values()):.1e} after"
         )
-    for what, forms in timings.items():
-        ratios = ", ".join(f"{forms[to]['ratio']:.3f} ({to})" for to in TARGETS)
-        lines.append(f"{what}: time over that of the original {ratios}")
+    lines += [_line(what, forms) for what, forms in timings.items()]
     return {
         "title": "normkit run pre-rmsnorm",
         "summary": lines,
@@ -198,6 +195,11 @@ def summarize(
         "timings": dict(timings),
         "seconds": seconds,
     }
+
+
+def _line(what: str, forms: Mapping[str, Any]) -> str:
+    ratios = ", ".join(f"{forms[to]['ratio']:.3f} ({to})" for to in TARGETS)
+    return f"{what}: time over that of the original {ratios}"
 
 
 # ---------------------------------------------------------------------- claims

@@ -189,7 +189,8 @@ def _fold_fixed(ledger: Ledger, flow: DataFlow, path: str, scale: Tensor, shift:
     if before is not None and _sole_readers_are(flow, before, path):
         layer: Any = model.get_submodule(before)
         axes = {} if isinstance(layer, nn.Embedding) else output_axes(layer)
-        if axes and flow.calls[before] == 1 and not sharers(model, layer, "weight"):
+        fits = axes and layer.weight.shape[axes["weight"]] == scale.numel()
+        if fits and flow.calls[before] == 1 and not sharers(model, layer, "weight"):
             weight = layer.weight * along(scale, layer.weight, axes["weight"])
             bias = shift if layer.bias is None else layer.bias.double() * scale + shift
             ledger.set(layer, "weight", weight)
@@ -202,6 +203,8 @@ def _fold_fixed(ledger: Ledger, flow: DataFlow, path: str, scale: Tensor, shift:
         if is_conv(layer) and (layer.groups != 1 or _pads(layer)):
             what = "is grouped" if layer.groups != 1 else "pads, and padding would see the shift"
             why = f"{reader}, which reads it, {what}"
+        elif layer.weight.shape[input_axis(layer)] != scale.numel():
+            why = f"{reader}, which reads it, has its channels on another axis"
     if why:
         raise InputError(f"nothing before it takes it, and {why}")
     _into_readers(ledger, readers, scale, shift)
