@@ -11,13 +11,13 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from normkit.errors import InputError, MissingDependencyError, NormkitError
@@ -44,6 +44,13 @@ class _RequestError(Exception):
 
 class _TransientError(_RequestError):
     """A request that may succeed when it is sent again."""
+
+
+class _Request(NamedTuple):
+    """A conversation, and the bytes that ask for its next message."""
+
+    body: bytes
+    messages: Sequence[Message]
 
 
 class _Batch:
@@ -83,6 +90,8 @@ class OpenAIChat:
         max_wait: longest pause in seconds; a server that asks for a longer one has failed.
         cache_dir: folder that keeps answers by the content of their request; None keeps none.
             With a cache, the same request always has the same answer.
+        keep: says of a conversation and its answer whether the answer is worth keeping; one that is
+            not is neither written to the cache nor taken from it. All are if None.
         temperature: sampling temperature; None leaves it to the server.
         max_tokens: longest answer in tokens; None leaves it to the server.
         seed: sampling seed, for servers that know it.
@@ -100,6 +109,7 @@ class OpenAIChat:
     wait: float = 1.0
     max_wait: float = 60.0
     cache_dir: str | Path | None = None
+    keep: Callable[[Sequence[Message], str], bool] | None = None
     temperature: float | None = 0.0
     max_tokens: int | None = 512
     seed: int | None = None
@@ -137,13 +147,17 @@ class OpenAIChat:
             keys = [str(i) for i in range(len(bodies))]
         else:
             keys = [hashlib.sha256(body).hexdigest() for body in bodies]
-        work = dict(zip(keys, bodies, strict=True))
+        work = {
+            key: _Request(body, messages)
+            for key, body, messages in zip(keys, bodies, conversations, strict=True)
+        }
         answers: dict[str, str | Failed] = {}
         if self._cache is not None:
-            for key in work:
-                if (known := self._cache.get(key)) is not None:
+            for key, request in work.items():
+                known = self._cache.get(key)
+                if known is not None and self._worth_keeping(request, known):
                     answers[key] = known
-        missing = {key: body for key, body in work.items() if key not in answers}
+        missing = {key: request for key, request in work.items() if key not in answers}
         self.counts["cached"] += len(bodies) - len(missing)
         if missing:
             answers.update(_run(self._send(missing)))
@@ -159,8 +173,8 @@ class OpenAIChat:
         """
         # A run can wait for a server that is busy; who starts one should know soon.
         probe = replace(self, cache_dir=None, retries=min(self.retries, 2))
-        body = probe._body([{"role": "user", "content": "Answer with the word: ready"}])
-        answer = _run(probe._send({"check": body}))["check"]
+        messages: list[Message] = [{"role": "user", "content": "Answer with the word: ready"}]
+        answer = _run(probe._send({"check": _Request(probe._body(messages), messages)}))["check"]
         if isinstance(answer, Failed):
             raise NormkitError(answer.reason)
 
@@ -179,8 +193,11 @@ class OpenAIChat:
         except (TypeError, ValueError) as error:
             raise InputError(f"the request cannot be written as JSON: {error}") from None
 
-    async def _send(self, work: Mapping[str, bytes]) -> dict[str, str | Failed]:
-        """Send request bodies by key; keep the answers, and return them by key."""
+    def _worth_keeping(self, request: _Request, answer: str) -> bool:
+        return self.keep is None or self.keep(request.messages, answer)
+
+    async def _send(self, work: Mapping[str, _Request]) -> dict[str, str | Failed]:
+        """Send requests by key; keep the answers, and return them by key."""
         import httpx
 
         host = urlsplit(self._endpoint).hostname
@@ -195,14 +212,18 @@ class OpenAIChat:
             trust_env=host not in ("localhost", "127.0.0.1", "::1"),  # no proxy leads back here
         ) as client:
 
-            async def answer(key: str, body: bytes) -> str | Failed:
-                found = await self._answer(client, batch, body)
-                if self._cache is not None and isinstance(found, str):
+            async def answer(key: str, request: _Request) -> str | Failed:
+                found = await self._answer(client, batch, request.body)
+                if (
+                    self._cache is not None
+                    and isinstance(found, str)
+                    and self._worth_keeping(request, found)
+                ):
                     # At once, so that an interrupted call loses nothing that was answered.
                     self._cache.put(key, self.model, found)
                 return found
 
-            found = await asyncio.gather(*(answer(key, body) for key, body in work.items()))
+            found = await asyncio.gather(*(answer(key, request) for key, request in work.items()))
         return dict(zip(work, found, strict=True))
 
     async def _answer(self, client: httpx.AsyncClient, batch: _Batch, body: bytes) -> str | Failed:

@@ -3,8 +3,10 @@ import json
 import pytest
 
 from normkit.errors import InputError, NormkitError
+from normkit.rl.chat_client import OpenAIChat
 from normkit.rl.judge import Failed, Judge, JudgeRequest
 from normkit.rl.judges.openai import OpenAIJudge
+from normkit.rl.judges.prompt import judge_messages
 from tests.rl.chat_server import Answer, chat_server, free_port, last_user
 from tests.rl.fakes import filled, scenario
 
@@ -80,14 +82,49 @@ def test_all_failing_is_a_batch_of_failures():
 
 
 def test_judging_again_from_the_cache_asks_nobody(tmp_path):
-    with chat_server(by_reply({"a": TEXT, "b": ["?", TEXT], "c": ["?", "?"]})) as server:
-        first = judge(server.url, cache_dir=tmp_path).judge(requests("a", "b", "c"))
-    again = judge(f"http://127.0.0.1:{free_port()}", cache_dir=tmp_path).judge(
-        requests("a", "b", "c")
-    )
-    assert again == first
-    assert first[:2] == [GOOD, GOOD]
-    assert len(server.bodies) == 5
+    with chat_server(by_reply({"a": TEXT, "b": TEXT})) as server:
+        first = judge(server.url, cache_dir=tmp_path).judge(requests("a", "b"))
+    again = judge(f"http://127.0.0.1:{free_port()}", cache_dir=tmp_path).judge(requests("a", "b"))
+    assert again == first == [GOOD, GOOD]
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize(
+    "useless",
+    [
+        "?",
+        "",
+        TEXT[:-20],
+        TEXT.replace('"progress": 1', '"progress": 3'),
+        TEXT.replace('"progress": 1', '"progress": "1"'),
+        TEXT.replace("proactive", "practical"),
+    ],
+)
+def test_only_usable_verdicts_are_kept(tmp_path, useless):
+    with chat_server(by_reply({"a": TEXT, "b": useless})) as server:
+        good, bad = judge(server.url, cache_dir=tmp_path).judge(requests("a", "b"))
+    assert good == GOOD
+    assert isinstance(bad, Failed)
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    # The next run asks again, and only for what is missing.
+    with chat_server(by_reply({"b": TEXT})) as server:
+        assert judge(server.url, cache_dir=tmp_path).judge(requests("a", "b")) == [GOOD, GOOD]
+    assert len(server.bodies) == 1
+
+
+def test_an_unusable_verdict_that_lies_in_a_cache_is_asked_for_again(tmp_path):
+    with chat_server(["nonsense", TEXT]) as server:
+        plain = OpenAIChat(server.url, "m", cache_dir=tmp_path)
+        assert plain.complete([judge_messages(requests("a")[0])]) == ["nonsense"]
+        assert judge(server.url, cache_dir=tmp_path).judge(requests("a")) == [GOOD]
+
+
+def test_the_simulated_user_is_kept_in_the_same_cache(tmp_path):
+    with chat_server(["I am so tired."]) as server:
+        chat = judge(server.url, cache_dir=tmp_path).chat
+        said = [chat.complete([[{"role": "user", "content": "Speak."}]]) for _ in range(2)]
+    assert said == [["I am so tired."]] * 2
+    assert len(server.bodies) == 1
 
 
 def test_options_reach_the_client_and_unknown_ones_are_refused():

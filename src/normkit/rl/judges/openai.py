@@ -6,10 +6,14 @@ from typing import Any
 
 from normkit.rl.chat_client import OpenAIChat
 from normkit.rl.judges.llm import ChatJudge
+from normkit.rl.judges.prompt import worth_keeping
 
 
 class OpenAIJudge(ChatJudge):
     """A judge whose model is asked over HTTP.
+
+    With a cache, only verdicts that can be used are kept: what a model got wrong it is asked again
+    the next time.
 
     Args:
         url: address of the server, with or without ``/v1``.
@@ -26,7 +30,7 @@ class OpenAIJudge(ChatJudge):
     def __init__(
         self, url: str, model: str, repairs: int = 1, window: int | None = 12, **options: Any
     ) -> None:
-        super().__init__(OpenAIChat(url, model, **options), repairs, window)
+        super().__init__(OpenAIChat(url, model, keep=worth_keeping, **options), repairs, window)
 
     def check(self) -> None:
         """Ask the server for one word, so that a wrong address, key or model is found at once.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +81,19 @@ _FORM = (
     + "}"
 )
 
+_INSTRUCTIONS = _SYSTEM.format(
+    rubric="\n\n".join(
+        f"{axis}: {need}.\n"
+        + "\n".join(
+            f"  {'progress' if level > 0 else 'setback'} {level}: {anchor}"
+            for level, anchor in anchors.items()
+        )
+        + "\n  0 otherwise"
+        for axis, (need, anchors) in _RUBRIC.items()
+    ),
+    form=_FORM,
+)
+
 _THRESHOLDS = {
     "low": "feels understood easily",
     "medium": "feels understood when the listener is attentive",
@@ -133,15 +146,6 @@ def judge_messages(request: JudgeRequest, window: int | None = 12) -> list[Messa
         request: the reply and what led to it.
         window: how many of the earlier exchanges are shown; None for all.
     """
-    rubric = "\n\n".join(
-        f"{axis}: {need}.\n"
-        + "\n".join(
-            f"  {'progress' if level > 0 else 'setback'} {level}: {anchor}"
-            for level, anchor in anchors.items()
-        )
-        + "\n  0 otherwise"
-        for axis, (need, anchors) in _RUBRIC.items()
-    )
     data = case_data(request.scenario)
     data["points"] = {axis: list(request.scenario.points.get(axis, ())) for axis in AXES}
     data |= dialogue_data(request.history, window)
@@ -152,7 +156,7 @@ def judge_messages(request: JudgeRequest, window: int | None = 12) -> list[Messa
         else ""
     )
     return [
-        {"role": "system", "content": _SYSTEM.format(rubric=rubric, form=_FORM)},
+        {"role": "system", "content": _INSTRUCTIONS},
         {
             "role": "user",
             "content": f'{delimited(data)}{cut}\nRate "reply" now. One JSON object, nothing else.',
@@ -189,6 +193,25 @@ def parse_verdict(text: str) -> Progress:
     if len(verdicts) > 1:
         raise InputError("the answer holds several verdicts that differ")
     return verdicts[0]
+
+
+def worth_keeping(messages: Sequence[Message], answer: str) -> bool:
+    """Whether an answer may be kept for the next time; a verdict that cannot be read may not.
+
+    Conversations that do not ask for a verdict are none of the judge's business: a simulated user
+    may speak through the same client.
+
+    Args:
+        messages: the conversation, from :func:`judge_messages` or another.
+        answer: what the model said next.
+    """
+    if not messages or messages[0]["content"] != _INSTRUCTIONS:
+        return True
+    try:
+        parse_verdict(answer)
+    except InputError:
+        return False
+    return True
 
 
 def keep_quoted(verdict: Progress, reply: str) -> tuple[Progress, int]:
