@@ -359,6 +359,21 @@ def test_rewards_that_are_not_finite_mask_their_turn(bad):
     assert not torch.equal(weights(trainer), before)
 
 
+def test_a_turn_without_a_verdict_counts_as_its_dialogues_mean_for_the_turns_before_it():
+    trainer = paid(lambda seed, turn: math.nan if turn == 2 else float(seed * turn))
+    table = turn_table(trainer.rollout.run(trainer.environment, trainer.schedule(0)))
+    grid = table.reward.reshape(-1, 3)
+    mean = grid.nanmean(1, keepdim=True)
+    known = replace(table, reward=torch.where(grid.isnan(), mean, grid).flatten())
+    first = table.turn == 0
+    options = {"estimator": "turn", "estimator_options": {"gamma": 0.5}}
+    trainer.config = replace(trainer.config, **options)
+    found, expected = trainer._advantage(table), trainer._advantage(known)
+    assert found[first].any()
+    torch.testing.assert_close(found[first], expected[first])
+    assert not found[table.turn == 1].any()
+
+
 def test_a_batch_without_any_reward_changes_nothing():
     trainer = paid(lambda seed, turn: float("nan"))
     before = weights(trainer)

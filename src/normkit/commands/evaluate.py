@@ -23,8 +23,8 @@ from rich.table import Table
 
 from normkit.errors import InputError
 from normkit.files import finite, write_json
-from normkit.rl.environment import Environment, Split
-from normkit.rl.evaluation.dialogues import evaluation_tasks, score_dialogues
+from normkit.rl.environment import Environment, Split, evaluation_tasks
+from normkit.rl.evaluation.dialogues import score_dialogues
 from normkit.rl.evaluation.emobench import Item, ask_emobench, read_emobench, weigh_emobench
 from normkit.rl.evaluation.eqbench import ask_eqbench, read_eqbench
 from normkit.rl.evaluation.measure import Measure, Outcome, Report

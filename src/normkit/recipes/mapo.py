@@ -30,6 +30,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from normkit.errors import InputError
+from normkit.files import standing_folder, write_json
 from normkit.recipes._mapo_claims import CLAIMS
 from normkit.recipes._mapo_measured import MEASURED
 from normkit.recipes.base import System
@@ -79,7 +80,10 @@ class Config:
         lora_rank: rank of LoRA adapters; 0 trains all weights.
         kl: weight of the KL divergence to the initial model.
         mini_batches: updates per batch of dialogues.
-        micro_batch_tokens: padded tokens per forward pass.
+        micro_batch_tokens: padded tokens per forward pass; bounds memory.
+        recompute: compute activations again in the backward pass; less memory, more time.
+        evaluate_every: steps between evaluations on the held-out scenarios; 0 for none. The best
+            checkpoint is kept in the run's folder best/.
         dtype: precision of generation and of the forward pass.
         checkpoint_every: steps between checkpoints.
         seed: of tasks and sampling.
@@ -109,7 +113,9 @@ class Config:
     lora_rank: int = 0
     kl: float = 0.0
     mini_batches: int = 1
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
+    recompute: bool = False
+    evaluate_every: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     checkpoint_every: int = 10
     seed: int = 0
@@ -159,9 +165,6 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     config.validate()
     started = time.perf_counter()
     console = Console()
-    resumed = (folder / "checkpoint" / "state.json").exists() or (
-        folder / "checkpoint.old" / "state.json"
-    ).exists()
     environment = make_environment(config, folder)
     logger = RunLogger(folder)
     if not (folder / "config.json").exists():
@@ -183,6 +186,8 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
             mini_batches=config.mini_batches,
             micro_batch_tokens=config.micro_batch_tokens,
             autocast=config.dtype,
+            recompute=config.recompute,
+            evaluate_every=config.evaluate_every,
             checkpoint_every=config.checkpoint_every,
             seed=config.seed,
         ),
@@ -197,10 +202,10 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     )
     if not (folder / "before.json").exists():
         _evaluate(trainer, logger, folder, "before", console)
-    if resumed:
+    if (standing_folder(folder / "checkpoint") / "state.json").exists():
         trainer.resume(folder / "checkpoint")
         console.print(f"resumed after step {trainer.step}")
-    trainer.train(folder / "checkpoint")
+    trainer.train(folder / "checkpoint", folder / "best")
     _evaluate(trainer, logger, folder, "after", console)
     if config.save_hf is not None:
         trainer.save_hf(config.save_hf)
@@ -315,8 +320,6 @@ def summarize(config: Config, folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def _evaluate(trainer: Any, logger: RunLogger, folder: Path, name: str, console: Console) -> None:
-    from normkit.files import write_json
-
     sides: dict[str, Any] = {}
     for mode, greedy in (("greedy", True), ("sampled", False)):
         with console.status(f"held-out scenarios {name} training, {mode}"):
@@ -342,8 +345,11 @@ def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
 def _progress(console: Console, steps: int) -> Any:
     spent: list[float] = []
 
-    def report(_phase: str, numbers: Mapping[str, Any]) -> None:
+    def report(phase: str, numbers: Mapping[str, Any]) -> None:
         step = int(numbers["step"])
+        if phase == "evaluate":
+            console.print(f"step {step}/{steps}  held-out score {numbers['score']:.2f}")
+            return
         spent.append(numbers["rollout_seconds"] + numbers["update_seconds"])
         left = sum(spent[-5:]) / len(spent[-5:]) * (steps - step)
         rewards = " ".join(f"{r:+.2f}" for r in numbers["reward_by_turn"])

@@ -11,6 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
+
+from normkit.errors import InputError
+
 Split = Literal["train", "heldout"]
 
 
@@ -87,3 +91,29 @@ class Environment(Protocol[S]):
 
     def score(self, session: S) -> dict[str, float]:
         """Metrics of a session as it stands; the key ``"score"`` is the headline."""
+
+
+def evaluation_tasks(
+    environment: Environment[S], split: Split, seed: int, repeat: int = 0, limit: int | None = None
+) -> list[tuple[str, int, int]]:
+    """Every task of a split (or the first ``limit``) once, as ``(task, group, seed)``.
+
+    A model meets the same dialogues whenever the seed is the same, in training and outside of it.
+
+    Args:
+        environment: the world.
+        split: which tasks.
+        seed: of the sessions and the sampling.
+        repeat: another number gives other seeds.
+        limit: most tasks.
+
+    Raises:
+        InputError: where the split has no tasks.
+    """
+    names = list(environment.tasks(split))[:limit]
+    if not names:
+        raise InputError(f"split: the world has no tasks in {split!r}")
+    return [
+        (name, number, int(np.random.SeedSequence([seed, number, repeat]).generate_state(1)[0]))
+        for number, name in enumerate(names)
+    ]

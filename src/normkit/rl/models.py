@@ -103,6 +103,25 @@ def load_policy(name_or_path: str, dtype: DtypeName = "float32") -> tuple[Any, A
     return model.eval(), tokenizer
 
 
+def with_lora(model: Any, rank: int) -> Any:
+    """Wrap a model in LoRA adapters on all its linear layers (arXiv 2106.09685).
+
+    Args:
+        model: a causal language model of transformers.
+        rank: rank of the adapters; they are scaled by 2, and nothing is dropped out.
+
+    Raises:
+        MissingDependencyError: without peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingDependencyError("peft", "rl") from None
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0)
+    )
+
+
 def cache_folder() -> Path:
     """Folder for files that can be made again: ``$NORMKIT_CACHE``, else the XDG cache."""
     named = os.environ.get("NORMKIT_CACHE")

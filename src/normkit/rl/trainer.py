@@ -32,9 +32,9 @@ from normkit.rl.dialogue import (
     pack,
     turn_table,
 )
-from normkit.rl.environment import Environment, Split
+from normkit.rl.environment import Environment, Split, evaluation_tasks
 from normkit.rl.loss import PolicyLossConfig, aggregation_weights, kl_estimate, policy_loss
-from normkit.rl.models import resolve_dtype
+from normkit.rl.models import resolve_dtype, with_lora
 from normkit.rl.policy import TokenBatch, collate, token_logprobs
 from normkit.rl.rollout import Rollout, RolloutConfig
 from normkit.runs import RunLogger
@@ -155,7 +155,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         self.reference: nn.Module | None = None
         if self.config.lora_rank:
-            model = _with_lora(model, self.config.lora_rank)
+            model = with_lora(model, self.config.lora_rank)
         elif self.loss.kl_weight:
             self.reference = deepcopy(model).eval().requires_grad_(False)
         self.rollout_config = rollout or RolloutConfig()
@@ -279,9 +279,9 @@ class Trainer:
         """
         self.rollout.sync(self.model)
         tasks = [
-            (task, number, int(np.random.SeedSequence([seed, number, r]).generate_state(1)[0]))
-            for number, task in enumerate(self.environment.tasks(split))
-            for r in range(repeats)
+            task
+            for repeat in range(repeats)
+            for task in evaluation_tasks(self.environment, split, seed, repeat)
         ]
         sampling = self.rollout.config
         self.rollout.config = replace(sampling, greedy=greedy)
@@ -417,29 +417,18 @@ class Trainer:
 
     def _advantage(self, table: TurnTable) -> Tensor:
         """Advantages of our rows, from the statistics of all processes' rows."""
-        options = dict(self.config.estimator_options)
-        if self._world == 1:
-            return estimate(
-                self.config.estimator,
-                table.reward,
-                table.dialogue,
-                table.turn,
-                table.group,
-                table.mask,
-                **options,
-            )
-        fields = (table.reward, table.dialogue, table.turn, table.group, table.mask)
-        gathered, source = self._gather_rows(torch.stack([f.double() for f in fields], 1))
-        # Dialogues are numbered within their process.
-        dialogue = (gathered[:, 1].long() * self._world) + source
+        fields = (table.reward, table.dialogue, table.turn, table.group)
+        rows, source = self._gather_rows(torch.stack([f.double() for f in fields], 1))
+        # A reward that is not finite says that the turn was not judged: no mask is needed.
+        reward, dialogue, turn, group = rows.unbind(1)
         whole = estimate(
             self.config.estimator,
-            gathered[:, 0],
-            torch.unique(dialogue, return_inverse=True)[1],
-            gathered[:, 2].long(),
-            gathered[:, 3].long(),
-            gathered[:, 4].bool(),
-            **options,
+            reward,
+            # Dialogues are numbered within their process.
+            dialogue.long() * self._world + source,
+            turn.long(),
+            group.long(),
+            **self.config.estimator_options,
         )
         return whole[source == self._rank]
 
@@ -596,16 +585,6 @@ class Trainer:
         device = self.accelerator.device
         dtype = resolve_dtype(self.config.autocast, device)
         return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def _with_lora(model: Any, rank: int) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise MissingDependencyError("peft", "rl") from None
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0)
-    )
 
 
 def _sample(dialogue: Dialogue) -> dict[str, Any]:

@@ -4,9 +4,10 @@ import pytest
 
 from normkit.errors import InputError, NormkitError
 from normkit.rl.dialogue import Dialogue, Turn
+from normkit.rl.environment import evaluation_tasks
 from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
 from normkit.rl.environments.epm import EPMConfig
-from normkit.rl.evaluation.dialogues import evaluation_tasks, play_chat, score_dialogues
+from normkit.rl.evaluation.dialogues import play_chat, score_dialogues
 from normkit.rl.judge import Failed
 from normkit.rl.rollout import Rollout, RolloutConfig
 from normkit.rl.trainer import Trainer

@@ -5,37 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from normkit.errors import InputError
 from normkit.rl.chat import ChatModel, Message
 from normkit.rl.dialogue import Dialogue, Turn, finite_mean
-from normkit.rl.environment import Environment, Reply, S, Split
+from normkit.rl.environment import Environment, Reply, S
 from normkit.rl.evaluation.measure import Measure, Outcome, Report, check_answered
 from normkit.rl.judge import Failed
 
 NO_REPLY = "no reply"
 """How the end reason of a dialogue begins that the model left unanswered."""
-
-
-def evaluation_tasks(
-    environment: Environment[S], split: Split, seed: int, repeat: int = 0, limit: int | None = None
-) -> list[tuple[str, int, int]]:
-    """Every task of a split (or the first ``limit``) once, as ``(task, group, seed)``.
-
-    The seeds are those of :meth:`normkit.rl.trainer.Trainer.evaluate`, so that a model meets here
-    the dialogues that it met there.
-
-    Raises:
-        InputError: where the split has no tasks.
-    """
-    names = list(environment.tasks(split))[:limit]
-    if not names:
-        raise InputError(f"split: the world has no tasks in {split!r}")
-    return [
-        (name, number, int(np.random.SeedSequence([seed, number, repeat]).generate_state(1)[0]))
-        for number, name in enumerate(names)
-    ]
 
 
 def play_chat(

@@ -16,7 +16,7 @@ from normkit.rl.environment import Environment
 from normkit.rl.evaluation.dialogues import play_chat
 from normkit.rl.evaluation.emobench import LikelihoodScorer
 from normkit.rl.evaluation.measure import Report
-from normkit.rl.models import DtypeName, load_policy, resolve_dtype
+from normkit.rl.models import DtypeName, load_policy, resolve_dtype, with_lora
 from normkit.rl.rollout import Rollout, RolloutConfig
 from normkit.runs import read_json
 
@@ -162,13 +162,12 @@ def _load(name: str, dtype: DtypeName) -> tuple[Any, Any]:
     if not (checkpoint / "state.json").is_file():
         return load_policy(name, dtype)
     from normkit.rl.checkpoint import load_checkpoint
-    from normkit.rl.trainer import _with_lora
 
     config = read_json(checkpoint.parent, "config.json")
     if not isinstance(config.get("model"), str):
         raise InputError(f"model: {checkpoint.parent / 'config.json'} does not name its base model")
     model, tokenizer = load_policy(config["model"], dtype)
     if rank := config.get("lora_rank"):
-        model = _with_lora(model, int(rank))
+        model = with_lora(model, int(rank))
     load_checkpoint(checkpoint, model)
     return model.eval(), tokenizer
