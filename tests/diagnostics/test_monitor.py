@@ -67,7 +67,7 @@ def test_a_monitor_lets_go_after_an_error():
 def test_a_monitor_takes_a_mask():
     model = nn.Linear(3, 4)
     x, mask = torch.randn(2, 5, 3), torch.arange(5) < torch.tensor([5, 2])[:, None]
-    with Monitor(model, [""]).watching(mask) as monitor:
+    with Monitor(model, [""], mask) as monitor:
         out = model(x)
     assert monitor[""] == activation(out[mask])
 

@@ -89,6 +89,7 @@ class Monitor:
     Args:
         model: the model.
         modules: paths of the modules to watch, as in ``model.named_modules()``; "" is the model.
+        mask: bool, True where a token of the outputs counts.
 
     Attributes:
         activations: of each path, in the order of the paths, the :class:`Activation` of the latest
@@ -98,16 +99,13 @@ class Monitor:
         InputError: for a path that the model does not have.
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[str]) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Iterable[str], mask: Tensor | None = None
+    ) -> None:
         self.activations: dict[str, Activation] = {}
         self._watched = {path: _submodule(model, path) for path in modules}
-        self._mask: Tensor | None = None
-        self._handles: list[RemovableHandle] = []
-
-    def watching(self, mask: Tensor) -> Monitor:
-        """Count only the tokens whose ``mask`` is True, from now on; returns the monitor."""
         self._mask = mask
-        return self
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Monitor:
         for path, module in self._watched.items():

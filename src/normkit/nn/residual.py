@@ -98,14 +98,15 @@ class Residual(nn.Module):
         Returns:
             ``[B, N, D]``.
         """
-        branch = _call(
-            self.norm_out, _call(self.sublayer, _call(self.norm_in, x, mask), mask), mask
-        )
+        branch = x
+        for layer in (self.norm_in, self.sublayer, self.norm_out):
+            branch = _call(layer, branch, mask)
         return _call(self.norm_sum, x + F.dropout(branch, self.dropout, self.training), mask)
 
     def extra_repr(self) -> str:
         """The placement, and dropout where there is any."""
-        return f"placement={self.placement!r}" + (f", dropout={self.dropout}" * bool(self.dropout))
+        text = f"placement={self.placement!r}"
+        return text + (f", dropout={self.dropout}" if self.dropout else "")
 
 
 class SelfAttention(nn.Module):
