@@ -260,7 +260,8 @@ def _newton(plan: Tensor, lack: Tensor, masses: tuple[Tensor, Tensor]) -> Tensor
     mass = masses[1]
     curvature = curvature + mass.unsqueeze(2) * mass.unsqueeze(1)
     curvature = curvature + torch.diag_embed((mass == 0).to(mass.dtype) + _RIDGE)
-    return torch.linalg.solve(curvature, lack)
+    step: Tensor = torch.linalg.solve(curvature, lack)
+    return step
 
 
 def _check(

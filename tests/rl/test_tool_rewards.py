@@ -1,0 +1,267 @@
+"""Similarity, turn rewards and metrics: worked numbers of the card, laws, a loop as oracle."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normkit.errors import InputError
+from normkit.rl.tool_calls import AnyOf, Parsed, ToolCall, read_bfcl
+from normkit.rl.tool_rewards import (
+    MatchOptions,
+    Trace,
+    answer_f1,
+    count_solved,
+    find_answer,
+    similarity_matrix,
+    tool_similarity,
+    tool_trace,
+    turn_rewards,
+)
+from tests.reference import matchtir as oracle
+
+GOLD = ToolCall("weather", {"city": "Paris", "unit": "C"})
+
+values = st.sampled_from([1, 2, "1", "x", True, [1, 2], [2, 1], {"a": 1}, None])
+calls = st.builds(
+    ToolCall,
+    st.sampled_from(["a", "A", "b"]),
+    st.dictionaries(st.sampled_from("xyz"), values, max_size=3),
+)
+
+
+def plain(call):
+    return call.name, dict(call.arguments)
+
+
+def trace(turns, gold, answers=None):
+    return Trace([Parsed(list(turn), []) for turn in turns], gold, answers or {})
+
+
+def pay(turns, gold, answers=None, **options):
+    return turn_rewards([trace(turns, gold, answers)], MatchOptions(**options))[0]
+
+
+# ---------------------------------------------------------------------- similarity
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "expected"),
+    [
+        (ToolCall("weather", {"city": "Paris", "days": 3}), GOLD, 0.583333),
+        (GOLD, GOLD, 1.0),
+        (ToolCall("WEATHER", {"city": "Paris", "unit": "C"}), GOLD, 1.0),
+        (ToolCall("climate", dict(GOLD.arguments)), GOLD, 0.0),
+        (ToolCall("now"), ToolCall("now"), 1.0),
+        (ToolCall("weather", {"place": 1}), GOLD, 1 / 4),
+        (ToolCall("weather"), GOLD, 1 / 4),
+        (GOLD, ToolCall("weather"), 1 / 2),
+        (ToolCall("f", {"x": "3"}), ToolCall("f", {"x": 3}), 2 / 3),
+        (ToolCall("f", {"x": 3.0}), ToolCall("f", {"x": 3}), 1.0),
+        (ToolCall("f", {"x": True}), ToolCall("f", {"x": 1}), 1.0),
+        (ToolCall("f", {"x": [2, 1]}), ToolCall("f", {"x": [1, 2]}), 2 / 3),
+        # One parameter too many: J is 2/3, all values right.
+        (ToolCall("weather", {**GOLD.arguments, "days": 3}), GOLD, (1 + 2 / 3 + 2) / 4),
+    ],
+)
+def test_worked_similarities(predicted, gold, expected):
+    assert tool_similarity(predicted, gold) == pytest.approx(expected, abs=1e-6)
+
+
+@given(calls, calls)
+def test_similarity_is_that_of_the_loop(p, g):
+    s = tool_similarity(p, g)
+    assert 0 <= s <= 1
+    assert tool_similarity(g, g) == 1
+    assert s == pytest.approx(oracle.similarity(plain(p), plain(g)), abs=1e-12)
+    if len(p.arguments) == len(g.arguments):
+        assert s == pytest.approx(tool_similarity(g, p), abs=1e-12)
+
+
+def test_values_can_be_compared_otherwise():
+    lenient = tool_similarity(
+        ToolCall("f", {"x": "3", "y": ["A"]}),
+        ToolCall("f", {"x": 3, "y": ["a"]}),
+        lambda a, b: str(a).lower() == str(b).lower(),
+    )
+    assert lenient == 1
+
+
+def test_accepted_values_and_parameters_that_may_be_left_out():
+    (gold,) = read_bfcl([{"f": {"x": [1, "one"], "y": ["", 5], "z": [{"k": [1], "o": ["", 2]}]}}])
+
+    def s(**arguments):
+        return tool_similarity(ToolCall("f", arguments), gold)
+
+    assert s(x="one", z={"k": 1}) == s(x=1, y=5, z={"k": 1, "o": 2}) == 1
+    # y given wrongly: three parameters, two of them right.
+    assert s(x=1, y=6, z={"k": 1}) == pytest.approx(4 / 5)
+    assert s(x=1, z={}) == s(x=1, z={"k": 1, "q": 1}) == s(x=1, z=7) == pytest.approx(3 / 4)
+    listed = ToolCall("f", {"x": AnyOf(([{"a": AnyOf((1, 2))}],))})
+    assert tool_similarity(ToolCall("f", {"x": [{"a": 2}]}), listed) == 1
+    assert tool_similarity(ToolCall("f", {"x": [{"a": 2}] * 2}), listed) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 0), (0, 2), (2, 0), (3, 2)])
+def test_the_matrix_has_a_row_per_call(m, n):
+    assert similarity_matrix([GOLD] * m, [GOLD] * n).tolist() == [[1.0] * n] * m
+
+
+# ---------------------------------------------------------------------- turns
+
+
+A, B, C = (ToolCall(name, {"x": 1}) for name in "abc")
+WRONG = ToolCall("a", {"x": 2})
+
+
+def test_a_turn_earns_the_mean_of_its_calls():
+    assert pay([[A], [B], [C]], [A, B, C]).turns == [1, 1, 1]
+    assert pay([[A, B, C]], [A, B, C]).turns == [1]
+    assert pay([[A, A, A, A]], [A]).turns == [0.25]
+    found = pay([[WRONG, A], []], [A])
+    assert found.turns == [0.5, 0]
+    assert found.calls == [0, 1]
+    assert found.assignment == [-1, 0]
+    assert found.plan is None
+
+
+def test_order_does_not_matter_over_the_whole_dialogue():
+    assert pay([[C], [A], [B]], [A, B, C]).turns == [1, 1, 1]
+
+
+@pytest.mark.parametrize("method", ["hungarian", "greedy", "ot"])
+def test_more_predicted_than_gold_and_the_reverse_and_neither(method):
+    assert sum(pay([[A], [B], [C]], [A], method=method).turns) <= 1
+    assert pay([[A]], [A, B, C], method=method).turns == (
+        pytest.approx([1 / 3], abs=1e-4) if method == "ot" else [1]
+    )
+    assert pay([[A], []], [], method=method).turns == [0, 0]
+    assert pay([[], []], [A], method=method).turns == [0, 0]
+    assert pay([], [A], method=method).turns == []
+    assert turn_rewards([], MatchOptions(method)) == []
+
+
+def test_the_penalty_of_what_is_not_needed():
+    assert pay([[A, B]], [A], unmatched=-0.5).turns == [0.25]
+    assert pay([[A]], [], unmatched=-0.5).turns == [-0.5]
+
+
+def test_transport_pays_by_its_plan():
+    found = pay([[A], [A], [B]], [A, B], method="ot")
+    np.testing.assert_allclose(found.turns, [0.25, 0.25, 1 / 3], atol=1e-4)
+    np.testing.assert_allclose(found.plan.sum(1), [1 / 3] * 3)
+    assert found.assignment is None
+    whole = pay([[A], [B]], [A, B], method="ot", rescale=True)
+    np.testing.assert_allclose(whole.turns, [1, 1], atol=1e-3)
+
+
+def test_unreadable_calls_are_counted_and_paid_as_asked():
+    turns = [Parsed([A], ["not JSON"]), Parsed([], ["no name"])]
+    for unreadable, expected in (("drop", [1, 0]), ("count", [0.25, -0.5])):
+        options = MatchOptions(unmatched=-0.5, unreadable=unreadable)
+        (found,) = turn_rewards([Trace(turns, [A])], options)
+        assert found.turns == expected
+        assert found.failures == ["not JSON", "no name"]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.lists(calls, max_size=3), max_size=4), st.lists(calls, max_size=4)),
+        max_size=4,
+    )
+)
+def test_a_batch_is_the_authors_loop_dialogue_by_dialogue(dialogues):
+    found = turn_rewards([trace(t, g) for t, g in dialogues], MatchOptions("greedy"))
+    for got, (turns, gold) in zip(found, dialogues, strict=True):
+        expected = oracle.turn_rewards([[plain(c) for c in t] for t in turns], [*map(plain, gold)])
+        np.testing.assert_allclose(got.turns, expected, atol=1e-12)
+        assert len(got.calls) == sum(map(len, turns))
+
+
+# ---------------------------------------------------------------------- conversations
+
+
+def test_a_conversation_is_paid_turn_by_turn():
+    messages = [
+        {"role": "system", "content": "Use tools."},
+        {"role": "user", "content": "Weather in Paris?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "a", "arguments": json.dumps({"x": 1})}}],
+        },
+        {"role": "tool", "content": '<tool_call>{"name": "b"}</tool_call>'},
+        {
+            "role": "assistant",
+            "content": 'Hm. <tool_call>{"name": "b", "arguments": {"x": 2}}</tool_call>',
+        },
+        {"role": "assistant", "content": "I am thinking."},
+        {
+            "role": "assistant",
+            "content": '<answer>Rain, at 7.</answer><tool_call>{"name": "c"}</tool_call>',
+        },
+    ]
+    found = tool_trace(messages, [A, B, C], answer="rain 8")
+    assert found.turns == pytest.approx([1, 2 / 3, 0, 2 * 1 / (3 + 2)])
+    assert found.calls == pytest.approx([1, 2 / 3])
+    assert tool_trace(messages, [A, B, C]).turns[-1] == 0
+
+
+def test_a_conversation_without_an_assistant():
+    assert tool_trace([{"role": "user", "content": "hi"}], [A]).turns == []
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_answers_are_scored_as_sets_of_words(a, b):
+    assert 0 <= answer_f1(a, b) <= 1
+    assert answer_f1(a, b) == pytest.approx(answer_f1(b, a))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("The answer: 7!", "the ANSWER 7", 1),
+        ("7 7 7", "7", 1),
+        ("a b", "b c d", 0.4),
+        ("", "", 0),
+        ("x", "y", 0),
+    ],
+)
+def test_worked_answers(a, b, expected):
+    assert answer_f1(a, b) == pytest.approx(expected) == pytest.approx(oracle.answer_f1(a, b))
+
+
+def test_finding_the_answer():
+    assert find_answer("so <answer>\n7 kg </answer> or <answer>8</answer>") == "7 kg"
+    assert find_answer("<answer>7") is None
+
+
+# ---------------------------------------------------------------------- metrics
+
+
+def test_what_was_solved():
+    needed = [("a", "1"), ("b", "2"), ("a", "3")]
+    made = [A, A, WRONG, ToolCall("B", {"x": 1}), C]
+    found = count_solved(made, ["1", "1", "error", "2", "2"], needed)
+    assert (found.solved, found.calls, found.needed) == (2, 5, 3)
+    assert (found.repeated, found.wrong) == (1, 1)
+    assert (found.precision, found.rate, found.f1) == (2 / 5, 2 / 3, 4 / 8)
+
+
+def test_nothing_made_and_nothing_needed():
+    assert count_solved([], [], [("a", "1")]).f1 == 0
+    assert count_solved([], [], []).f1 == count_solved([], [], []).rate == 1
+    assert count_solved([A], ["1"], []).f1 == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"method": "km"}, "method"), ({"unreadable": "x"}, "unreadable")]
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=f"{message} must be"):
+        MatchOptions(**options)
