@@ -30,6 +30,7 @@ def test_list_shows_all_systems(capsys):
         (["run", "nope"], "there is no system 'nope'"),
         (["run", "mars"], "not built yet"),
         (["run", "mapo", "--baseline", "nope"], "estimator must be one of"),
+        (["verify", "mapo", "--claims", "nope"], "there is no claim nope"),
         (["report", "no-such-folder"], "is no-such-folder a run folder"),
         (["advantages", "no-such-file.json"], "cannot be read"),
         (["run", "mapo", "--resume", "--runs", "no-runs"], "no run of 'mapo'"),
@@ -73,6 +74,8 @@ def test_verify_keeps_its_findings(tmp_path, capsys):
     saved = json.loads((tmp_path / "mapo.json").read_text())
     assert saved == json.loads(capsys.readouterr().out)
     assert saved[0]["claim"] == "worked-numbers"
+    assert main(["verify", "mapo", "--claims", "turn-shift", "--save", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "mapo.json").read_text()) == saved
 
 
 def test_importing_normkit_needs_no_extra():

@@ -41,12 +41,15 @@ class VerifyOptions:
     Attributes:
         system: the system to check; all built ones if not given.
         measured: also run the measured claims, which take minutes.
-        save: folder to write ``<system>.json`` to, with every figure behind the verdicts.
+        claims: names of the claims to check; all if not given.
+        save: folder to write ``<system>.json`` to, with every figure behind the verdicts; claims
+            that stand there and are not checked now are kept.
         json: print JSON instead of a table.
     """
 
     system: Annotated[str, tyro.conf.Positional] = ""
     measured: bool = False
+    claims: tuple[str, ...] = ()
     save: Path | None = None
     json: bool = False
 
@@ -129,14 +132,15 @@ def verify(arguments: Sequence[str]) -> None:
     for name in names:
         system = recipes.load(name)
         for claim in system.claims:
-            if claim.kind in kinds:
+            if claim.name in options.claims or (not options.claims and claim.kind in kinds):
                 with console.status(f"{system.slug}: {claim.name}"):
                     found.append((system.slug, claim, claim.check()))
+    unknown = set(options.claims) - {claim.name for _, claim, _ in found}
+    if unknown:
+        raise InputError(f"claims: there is no claim {', '.join(sorted(unknown))}")
     rows = [_finding_row(*line) for line in found]
     if options.save is not None:
-        for name in dict.fromkeys(row["system"] for row in rows):
-            mine = [row for row in rows if row["system"] == name]
-            write_json(options.save / f"{name}.json", mine)
+        _save_findings(options.save, rows)
     if options.json:
         print(json.dumps(finite(rows), indent=2))
     else:
@@ -150,6 +154,16 @@ def verify(arguments: Sequence[str]) -> None:
     broken = [c.name for _, c, f in found if c.kind != "measured" and f.verdict != "holds"]
     if broken:
         raise NormkitError(f"claims that must hold do not: {', '.join(broken)}")
+
+
+def _save_findings(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    for name in dict.fromkeys(row["system"] for row in rows):
+        file = folder / f"{name}.json"
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        found = {row["claim"]: row for row in kept}
+        found.update({row["claim"]: row for row in rows if row["system"] == name})
+        order = [claim.name for claim in recipes.load(name).claims]
+        write_json(file, [found[claim] for claim in order if claim in found])
 
 
 def _finding_row(slug: str, claim: Claim, finding: Finding) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from rich.console import Console
 from normkit.errors import InputError
 from normkit.files import standing_folder, write_json
 from normkit.recipes._mapo_claims import CLAIMS
+from normkit.recipes._mapo_language import MEASURED_LANGUAGE
 from normkit.recipes._mapo_measured import MEASURED
 from normkit.recipes.base import System
 from normkit.report.page import write_report
@@ -374,6 +375,6 @@ SYSTEM = System(
     symbols=("normkit.rl.advantage.mapo", "normkit.rl.trainer.Trainer"),
     Config=Config,
     run=run,
-    claims=(*CLAIMS, *MEASURED),
+    claims=(*CLAIMS, *MEASURED, *MEASURED_LANGUAGE),
     aliases=("mica",),
 )
