@@ -70,6 +70,13 @@ def test_numbers_below_one_are_refused(flag):
         inspect.main(["nowhere", f"--{flag}", "0"])
 
 
+def test_a_path_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, reason in (("nowhere", "does not exist"), ("file", "is not a folder")):
+        with pytest.raises(InputError, match=reason):
+            inspect.main([str(tmp_path / name)])
+
+
 def _index(path, shards):
     (path / "config.json").write_text('{"model_type": "gpt2"}')
     weights = {f"w{i}": name for i, name in enumerate(shards)} if shards else 3

@@ -53,6 +53,8 @@ def test_shared_tensors_are_kept_once_and_shared_again(tmp_path):
     model = tiny.build("gpt2", torch.float32)
     recenter(model)
     save(model, tmp_path / "out")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     loaded = load(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.transformer.wte.weight

@@ -121,7 +121,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
         for what, these, make in timed:
             with console.status(f"timing {what}"):
                 timings[what] = timing.latency(these, make, inputs, config.repeats)
-            console.print(_line(what, timings[what]), highlight=False)
+            console.print(_line(what, timings[what]), highlight=False, soft_wrap=True)
         torch._dynamo.reset()
     timing.draw(timings, means, folder / "plots" / "1_latency-and-means.png")
     results = summarize(config, exactness, means, timings, time.perf_counter() - started)
@@ -129,7 +129,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     logger.close()
     page = write_report(folder)
     for line in results["summary"][: 1 + len(jobs)]:  # those of the timings are printed already
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"report: {page}")
     return results
 

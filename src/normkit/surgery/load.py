@@ -13,9 +13,8 @@ folder appears whole or not at all.
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +85,8 @@ def save(
             generation.save_pretrained(temporary)
         save_file(_own_tensors(model), temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / RECIPE, recipe)
+        mode = (temporary / RECIPE).stat().st_mode  # safetensors lets its owner alone read a file
+        (temporary / WEIGHTS).chmod(mode)
         carried = _carried(original)
         for source in carried:
             shutil.copy2(source, temporary / source.name)
@@ -166,21 +167,15 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         if folder.exists():
             folder.rmdir()
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

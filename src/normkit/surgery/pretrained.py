@@ -37,7 +37,7 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     folder = Path(name)
     if (folder / RECIPE).is_file():
         return load(folder), _tokenizer(name)
-    if folder.exists():
+    if folder.exists() or folder.is_absolute() or name.startswith("."):
         _check_folder(folder)
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -62,7 +62,8 @@ def _check_folder(folder: Path) -> None:
         InputError: names the file that is missing.
     """
     if not folder.is_dir():
-        raise InputError(f"model: {folder} is not a folder")
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise InputError(f"model: {folder} {what}")
     if not (folder / "config.json").is_file():
         raise InputError(f"model: {folder} has no config.json; is it a folder of transformers?")
     for name in _WEIGHTS:
