@@ -113,6 +113,19 @@ def test_compiled_it_follows_the_same_recurrence(make, backend):
         assert_same_state(layer, twin)
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_statistics_move_without_derivatives_too_compiled_or_not(make, without):
+    torch.compiler.reset()
+    layer = make()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    with without():
+        for x, _ in batches(5):
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert_same_state(layer, twin)
+    assert int(layer.num_batches_tracked) == 5
+
+
 def test_the_affine_map_is_the_layer_in_evaluation():
     for name in ("unified", "power-no-scale"):
         layer = LAYERS[name](4, dtype=torch.float64)

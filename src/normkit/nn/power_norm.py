@@ -172,17 +172,26 @@ def _(square: Tensor, *_: Any) -> Tensor:
 class _PowerNorm(torch.autograd.Function):
     """``x * rstd * weight + bias``, derived by the recurrence; saves ``x`` and vectors."""
 
+    # In one function: under inference_mode torch.compile (2.13) mistakes a forward without ctx.
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, rstd: Tensor, *given: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rstd: Tensor,
+        square: Tensor,
+        count: Tensor,
+        nu: Tensor,
+        dim: int,
+        momentum: float,
+        sync: bool,
     ) -> Tensor:
-        return divide(x, weight, bias, rstd, given[-3])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, rstd, square, count, ctx.nu, ctx.dim, ctx.momentum, ctx.sync = inputs
         ctx.save_for_backward(x, weight, rstd, square, count)
+        ctx.nu = nu  # moves until the derivative is taken, as it should
+        ctx.dim, ctx.momentum, ctx.sync = dim, momentum, sync
         ctx.dtypes = tuple(None if p is None else p.dtype for p in (weight, bias))
+        return divide(x, weight, bias, rstd, dim)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]

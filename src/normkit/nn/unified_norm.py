@@ -230,18 +230,31 @@ def _reflect(
 class _UnifiedNorm(torch.autograd.Function):
     """``x * rstd * weight + bias``, derived by the recurrence; saves ``x`` and vectors."""
 
+    # In one function: under inference_mode torch.compile (2.13) mistakes a forward without ctx.
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, rstd: Tensor, *given: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rstd: Tensor,
+        ratio: Tensor,
+        count: Tensor,
+        phase: Tensor,
+        running_grad: Tensor,
+        grad_window: Tensor,
+        dim: int,
+        momentum: float,
+        sync: bool,
     ) -> Tensor:
-        return divide(x, weight, bias, rstd, given[-3])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, rstd, ratio, count, phase, *state, ctx.dim, ctx.momentum, ctx.sync = inputs
         ctx.save_for_backward(x, weight, rstd, ratio, count, phase)
-        ctx.state = state  # moves until the derivative is taken, as it should
+        ctx.state = (
+            running_grad,
+            grad_window,
+        )  # move until the derivative is taken, as they should
+        ctx.dim, ctx.momentum, ctx.sync = dim, momentum, sync
         ctx.dtypes = tuple(None if p is None else p.dtype for p in (weight, bias))
+        return divide(x, weight, bias, rstd, dim)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
