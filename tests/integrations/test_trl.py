@@ -1,0 +1,255 @@
+"""normkit in TRL: the same advantages and gradients as the trainer of our own, and training."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from normkit.errors import InputError
+from normkit.rl.advantage import ESTIMATORS, estimate, to_tokens
+from normkit.rl.dialogue import turn_table
+from normkit.rl.trainer import Trainer
+from tests.rl.talk import ScriptedWorld, check_dialogue
+from tests.rl.test_trainer import PlainJudge, make
+from tests.rl.tiny import tiny_model, tiny_tokenizer
+
+trl = pytest.importorskip("trl", reason="trl is not installed (the extra 'trl')")
+integration = pytest.importorskip("normkit.integrations.trl")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Scored:
+    """A rollout function that returns given dialogues, whatever is asked for."""
+
+    def __init__(self, dialogues):
+        self.dialogues = dialogues
+
+    def __call__(self, prompts, trainer):
+        assert len(prompts) == len(self.dialogues)
+        return integration.completions(self.dialogues)
+
+
+def arguments(folder, **changes):
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 6,
+        "num_generations": 3,
+        "max_completion_length": 12,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        **changes,
+    }
+    return trl.GRPOConfig(**options)
+
+
+def played(judge=None, **changes):
+    """Our trainer, and the dialogues of its first step."""
+    ours = make(judge=judge, group_size=3, groups=2, **changes)
+    return ours, ours.rollout.run(ours.environment, ours.schedule(0))
+
+
+def theirs(folder, dialogues=None, kind=None, world=None, **changes):
+    tokenizer = tiny_tokenizer()
+    options = {"rollout_func": Scored(dialogues)} if world is None else {"environment": world}
+    if world is None:
+        options["reward_funcs"] = [integration.dialogue_reward]
+        options["train_dataset"] = integration.task_dataset(make().environment)
+    estimator = changes.pop("estimator", None)
+    if estimator is not None:
+        options["estimator"] = estimator
+    return (kind or integration.TurnAdvantageTrainer)(
+        tiny_model(tokenizer),
+        args=arguments(folder, **changes),
+        processing_class=tokenizer,
+        **options,
+    )
+
+
+def batch_of(trainer):
+    trainer.model.train()
+    return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+
+
+def tokens_of(ours, dialogues):
+    """Advantage of each token after the first prompt, by our trainer."""
+    advantage = ours._advantage(turn_table(dialogues))
+    from normkit.rl.dialogue import pack
+
+    rows = [to_tokens(advantage, row.turn_row) for row in pack(dialogues)]
+    begins = [dialogue.segments[0].spans[0][1] for dialogue in dialogues]
+    return [row[begin:] for row, begin in zip(rows, begins, strict=True)]
+
+
+@pytest.mark.parametrize("name", [n for n, e in ESTIMATORS.items() if not e.needs])
+def test_the_same_dialogues_get_the_advantages_of_our_trainer(name, tmp_path):
+    ours, dialogues = played(estimator=name)
+    output = batch_of(theirs(tmp_path, dialogues, estimator=name))
+    assert output["advantages"].shape == output["completion_ids"].shape
+    for row, expected in zip(output["advantages"], tokens_of(ours, dialogues), strict=True):
+        torch.testing.assert_close(row[: len(expected)].double(), expected, atol=1e-6, rtol=1e-6)
+        assert not bool(row[len(expected) :].any())
+    assert bool(output["advantages"].any())
+    assert not bool(output["advantages"][output["tool_mask"] == 0].any())
+
+
+def test_a_step_has_the_gradient_of_our_trainer(tmp_path):
+    ours, dialogues = played(max_grad_norm=1e9)
+    trainer = theirs(tmp_path, dialogues, loss_type="dapo")
+    inputs = batch_of(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, inputs).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
+    assert float(norm) == pytest.approx(ours.update(dialogues)["grad_norm"], rel=1e-4)
+
+
+def test_an_unknown_reward_leaves_its_turn_without_an_advantage(tmp_path):
+    _, dialogues = played(judge=PlainJudge(fail_on=(1,)))
+    output = batch_of(theirs(tmp_path, dialogues))
+    table = turn_table(dialogues)
+    assert 0 < int((~table.mask).sum()) < len(table.mask)
+    advantage = estimate("mapo", table.reward, table.dialogue, table.turn, table.group)
+    assert not bool(advantage[~table.mask].any())
+    spans = [(d.segments[0].spans, d.segments[0].spans[0][1]) for d in dialogues]
+    found = [
+        float(output["advantages"][i, start - begin])
+        for i, (turns, begin) in enumerate(spans)
+        for _, start, _ in turns
+    ]
+    assert found == pytest.approx(advantage.tolist(), abs=1e-6)
+
+
+def test_without_turn_rewards_the_outcome_is_earned_in_the_last_turn(tmp_path):
+    _, dialogues = played()
+    fields = integration.completions(dialogues)
+    for name in ("turn_rewards", "turn_ids", "scores"):
+        del fields[name]
+    rewards = [1.0, 2.0, 4.0, None, 0.0, 3.0]
+    trainer = integration.TurnAdvantageTrainer(
+        tiny_model(tokenizer := tiny_tokenizer()),
+        args=arguments(tmp_path),
+        processing_class=tokenizer,
+        rollout_func=lambda prompts, _: fields,
+        reward_funcs=[lambda **_: rewards],
+        train_dataset=integration.task_dataset(make().environment),
+    )
+    output = batch_of(trainer)
+    table = turn_table(dialogues)
+    last = torch.tensor([t == len(d.turns) - 1 for d in dialogues for t in range(len(d.turns))])
+    outcome = torch.tensor([math.nan if r is None else r for r in rewards]).double()
+    reward = torch.where(last, outcome[table.dialogue], 0.0)
+    expected = estimate("mapo", reward, table.dialogue, table.turn, table.dialogue // 3)
+    found = output["advantages"][output["tool_mask"].bool() & output["completion_mask"].bool()]
+    lengths = torch.tensor([len(turn.token_ids) for d in dialogues for turn in d.turns])
+    torch.testing.assert_close(
+        found.double(), expected.repeat_interleave(lengths), atol=1e-6, rtol=0
+    )
+
+
+def test_the_wrong_number_of_turn_rewards_is_refused(tmp_path):
+    _, dialogues = played()
+    fields = integration.completions(dialogues)
+    fields["turn_rewards"][2] = fields["turn_rewards"][2][:-1]
+    trainer = theirs(tmp_path, dialogues)
+    trainer.rollout_func = lambda prompts, _: fields
+    with pytest.raises(InputError, match="one number per turn, got 2 for 3 turns"):
+        batch_of(trainer)
+
+
+@pytest.mark.parametrize("through_trl", [False, True])
+def test_it_plays_a_world_and_trains(tmp_path, through_trl):
+    world = make().environment
+    trainer = theirs(tmp_path, kind=integration.MAPOTrainer, world=world, max_steps=3)
+    trainer.rollout_func.through_trl = through_trl
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 3
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["score"]) for row in rows)
+    assert any(row["grad_norm"] > 0 for row in rows)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("through_trl", [False, True])
+def test_rollouts_are_what_the_model_says(tmp_path, through_trl):
+    """Ragged dialogues, side by side, told apart token by token."""
+    world = ScriptedWorld(max_turns=4, turns=lambda seed: 1 + seed % 4)
+    world.tasks = lambda split: ["a", "b"]
+    trainer = theirs(tmp_path, world=world)
+    rollout = trainer.rollout_func
+    rollout.through_trl = through_trl
+    play = integration._play_rounds if through_trl else None
+    tasks = [("a", 0, 4), ("a", 0, 5), ("b", 1, 6), ("b", 1, 7)]
+    dialogues = play(world, tasks, trainer) if play else rollout._play(tasks, trainer)
+    assert [len(d.turns) for d in dialogues] == [1, 2, 3, 4]
+    for dialogue in dialogues:
+        assert dialogue.scores == {"score": float(len(dialogue.turns))}
+        if through_trl:  # TRL's plain generation reports no probabilities
+            spans = dialogue.segments[0].spans
+            ids = dialogue.segments[0].token_ids
+            assert [ids[a:b] for _, a, b in spans] == [t.token_ids for t in dialogue.turns]
+        else:
+            check_dialogue(dialogue, trainer.model.eval())
+    fields = integration.completions(dialogues)
+    for dialogue, prompt, completion, mask in zip(
+        dialogues, fields["prompt_ids"], fields["completion_ids"], fields["env_mask"], strict=True
+    ):
+        assert prompt + completion == dialogue.segments[0].token_ids
+        said = [t for t, m in zip(completion, mask, strict=True) if m]
+        assert said == [t for turn in dialogue.turns for t in turn.token_ids]
+
+
+def test_rounds_end_where_there_is_no_room(tmp_path):
+    world = ScriptedWorld(max_turns=200, say=lambda *_: "word " * 20)
+    world.tasks = lambda split: ["a"]
+    trainer = theirs(tmp_path, world=world)
+    (dialogue,) = integration._play_rounds(world, [("a", 0, 0)], trainer)
+    assert dialogue.end_reason == "context"
+    longest = trainer.model.config.max_position_embeddings
+    assert longest - 200 < len(dialogue.segments[0].token_ids) <= longest
+
+
+def test_a_dialogue_that_outgrew_its_context_is_refused():
+    _, dialogues = played()
+    dialogues[0].segments.append(dialogues[0].segments[0])
+    with pytest.raises(InputError, match="outgrew max_context"):
+        integration.completions(dialogues)
+
+
+def test_a_world_excludes_what_it_supplies(tmp_path):
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(InputError, match="rollout_func must not be given"):
+        integration.TurnAdvantageTrainer(
+            tiny_model(tokenizer),
+            make().environment,
+            args=arguments(tmp_path),
+            processing_class=tokenizer,
+            rollout_func=lambda prompts, trainer: {},
+        )
+    with pytest.raises(InputError, match="needs a critic"):
+        theirs(tmp_path, [], estimator="ppo")
+
+
+def test_without_trl_the_import_says_what_to_install():
+    script = (
+        "import sys; sys.modules['trl'] = None\n"
+        "from normkit.errors import MissingDependencyError\n"
+        "try:\n    import normkit.integrations.trl\n"
+        "except MissingDependencyError as error:\n    print(error)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "pip install 'normkit[trl]'" in found.stdout, found.stderr
