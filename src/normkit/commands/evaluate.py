@@ -86,7 +86,7 @@ class EvaluateOptions:
     max_turns: int = 4
     min_turns: int = 12
     max_new_tokens: int = 48
-    temperature: float = 1.0
+    temperature: float = 0.7
     max_tokens: int | None = None
     batch_size: int = 16
     dtype: DtypeName = "auto"

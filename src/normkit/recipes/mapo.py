@@ -76,7 +76,7 @@ class Config:
         max_turns: a dialogue ends here.
         min_turns: neither success nor failure is declared earlier.
         max_new_tokens: length limit of a reply.
-        temperature: of sampling.
+        temperature: of sampling; the policy that is trained is the one at this temperature.
         learning_rate: of AdamW.
         lora_rank: rank of LoRA adapters; 0 trains all weights.
         kl: weight of the KL divergence to the initial model.
@@ -103,14 +103,14 @@ class Config:
     gamma: float = 0.85
     batch_scope: Literal["group", "batch"] = "group"
     reward: RewardKind = "idr"
-    steps: int = 20
+    steps: int = 16
     groups: int = 4
     group_size: int = 4
     max_turns: int = 4
     min_turns: int = 12
     max_new_tokens: int = 48
-    temperature: float = 1.0
-    learning_rate: float = 4e-5
+    temperature: float = 0.7
+    learning_rate: float = 8e-5
     lora_rank: int = 0
     kl: float = 0.0
     mini_batches: int = 1
