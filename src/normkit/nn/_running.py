@@ -187,7 +187,7 @@ def derivatives(
         dim: dimension of the channels.
         dtypes: of weight and bias; None where there is none.
     """
-    dx = torch.addcmul(grad * along(gain, x, dim), x, along(along_x, x, dim), value=-1)
+    dx = (grad * along(gain, x, dim)).addcmul_(x, along(along_x, x, dim), value=-1)
     weight, bias = dtypes
     dw = None if weight is None else (seen * product).to(weight)
     db = None if bias is None else channel_sums(grad, dim, product.dtype).to(bias)
