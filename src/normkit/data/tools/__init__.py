@@ -1,0 +1,1 @@
+"""Database of the tool world: an invented land, its towns, goods, events and songs."""
