@@ -1,0 +1,110 @@
+"""Inference of a transformer with LayerNorm beside one whose UnifiedNorm is fused away."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from normkit.nn import LayerNorm, UnifiedNorm
+from normkit.nn.residual import Norm, Transformer
+from normkit.surgery.fold import folded_affine
+from normkit.surgery.timing import in_turns
+
+DIM, HEADS, LAYERS = 192, 3, 4  # a third of DeiT-Tiny's depth
+SHAPE = (8, 197, DIM)
+
+
+def stack(norm: Norm) -> Transformer:
+    """Pre-norm blocks whose every norm is read by one linear layer, in evaluation mode."""
+    torch.manual_seed(0)
+    model = Transformer(DIM, HEADS, LAYERS, "pre", norm, final_norm=False)
+    for _ in range(3):  # statistics of their own
+        model(torch.randn(2, *SHAPE[1:]))
+    return model.eval()
+
+
+def fuse(model: Transformer) -> Transformer:
+    """Put every UnifiedNorm into the linear layer that reads it, in place."""
+    blocks: Any = model.blocks
+    for block in blocks:
+        attention, feed_forward = block.attention, block.feed_forward
+        for part, linear in (
+            (attention, attention.sublayer.qkv),
+            (feed_forward, feed_forward.sublayer.up),
+        ):
+            weight, bias = folded_affine(linear, *part.norm_in.inference_affine())
+            linear.weight.data.copy_(weight)
+            linear.bias.data.copy_(bias)
+            part.norm_in = nn.Identity()
+    return model
+
+
+def models() -> dict[str, Transformer]:
+    """With LayerNorm, with UnifiedNorm, and with UnifiedNorm fused."""
+    return {
+        "layer": stack(LayerNorm),
+        "unified": stack(UnifiedNorm),
+        "fused": fuse(stack(UnifiedNorm)),
+    }
+
+
+def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Return a call that runs the model without autograd."""
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return model(x)  # type: ignore[no-any-return]
+
+    return call
+
+
+def seconds(repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repeat of a forward pass, the models in turns."""
+    x = torch.randn(SHAPE)
+    return in_turns({name: inference(model, x) for name, model in models().items()}, repeats)
+
+
+class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    """Counts the bytes of tensors that live, and the most that ever did."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.now: int = 0
+        self.peak: int = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for t in tree_leaves(found):
+            if isinstance(t, Tensor):
+                self._enter(t.untyped_storage())
+        return found
+
+    def _enter(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._known or not storage.nbytes():
+            return
+        self._known.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._leave, key, storage.nbytes())
+
+    def _leave(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most bytes of tensors that a call makes and holds at a time."""
+    living = _Living()
+    with living:
+        call()
+    return living.peak
