@@ -92,8 +92,8 @@ class Monitor:
         mask: bool, True where a token of the outputs counts.
 
     Attributes:
-        activations: of each path, in the order of the paths, the :class:`Activation` of the latest
-            output (of the first tensor, where there are several).
+        activations: by path, the :class:`Activation` of the latest output (of its first tensor,
+            where there are several).
 
     Raises:
         InputError: for a path that the model does not have.
