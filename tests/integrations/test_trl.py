@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import torch
 from normkit.errors import InputError
 from normkit.rl.advantage import ESTIMATORS, estimate, to_tokens
 from normkit.rl.dialogue import turn_table
-from normkit.rl.trainer import Trainer
 from tests.rl.talk import ScriptedWorld, check_dialogue
 from tests.rl.test_trainer import PlainJudge, make
 from tests.rl.tiny import tiny_model, tiny_tokenizer
@@ -168,6 +166,33 @@ def test_the_wrong_number_of_turn_rewards_is_refused(tmp_path):
         batch_of(trainer)
 
 
+@pytest.mark.slow
+@pytest.mark.model
+def test_smollm2_trains_in_the_emotional_support_world(tmp_path):
+    from normkit.recipes.mapo import Config, make_environment
+    from normkit.rl.models import load_policy
+
+    model, tokenizer = load_policy("smollm2")
+    world = make_environment(Config(max_turns=2), tmp_path)
+    trainer = integration.MAPOTrainer(
+        model,
+        world,
+        args=arguments(
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=16,
+            learning_rate=1e-5,
+        ),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 2
+    assert all(0 < row["grad_norm"] < math.inf and row["score"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("through_trl", [False, True])
 def test_it_plays_a_world_and_trains(tmp_path, through_trl):
     world = make().environment
@@ -213,6 +238,14 @@ def test_rollouts_are_what_the_model_says(tmp_path, through_trl):
         assert said == [t for turn in dialogue.turns for t in turn.token_ids]
 
 
+def test_generation_keeps_its_cache_whatever_wraps_the_model(tmp_path, caplog):
+    trainer = theirs(tmp_path, world=make().environment)
+    wrapped = trainer.model.forward
+    trainer.rollout_func._play([("career-0", 0, 1)], trainer)
+    assert "encoded anew" not in caplog.text
+    assert trainer.model.forward is wrapped
+
+
 def test_rounds_end_where_there_is_no_room(tmp_path):
     world = ScriptedWorld(max_turns=200, say=lambda *_: "word " * 20)
     world.tasks = lambda split: ["a"]
@@ -251,5 +284,7 @@ def test_without_trl_the_import_says_what_to_install():
         "try:\n    import normkit.integrations.trl\n"
         "except MissingDependencyError as error:\n    print(error)\n"
     )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
     assert "pip install 'normkit[trl]'" in found.stdout, found.stderr
