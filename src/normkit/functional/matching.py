@@ -150,15 +150,12 @@ def greedy(score: Tensor, rows: Tensor | None = None, columns: Tensor | None = N
     flat, shape = _flat(score, rows, columns)
     size, m, n = flat.shape
     assignment = flat.new_full((size, m), -1, dtype=torch.int64)
-    left = flat.clone()
-    every = torch.arange(size, device=flat.device)
+    row, column = (torch.arange(k, device=flat.device) for k in (m, n))
     for _ in range(min(m, n)):
-        largest, place = left.view(size, m * n).max(-1)
-        live = largest > 0
-        i, j = place // n, place % n
-        assignment[every[live], i[live]] = j[live]
-        left[every, i, :] = 0
-        left[every, :, j] = 0
+        largest, place = flat.view(size, m * n).max(1, keepdim=True)
+        of_row, of_column = place // n == row, place % n == column
+        assignment = torch.where(of_row & (largest > 0), place % n, assignment)
+        flat = flat.masked_fill(of_row.unsqueeze(2) | of_column.unsqueeze(1), 0)
     return assignment.reshape(shape)
 
 
@@ -285,10 +282,11 @@ def _check(
                 f"{name} must be bool of shape {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         masks.append(mask)
-    known = score.detach()[_pairs(*masks)]
-    if known.numel() and not (bool(known.isfinite().all()) and (signed or float(known.min()) >= 0)):
-        expected = "finite" if signed else "finite and not negative"
-        raise InputError(f"score must be {expected} where it is not masked")
+    if score.numel():
+        low, high = torch.aminmax(score.detach().masked_fill(~_pairs(*masks), 0))
+        if not (bool(low.isfinite() & high.isfinite()) and (signed or bool(low >= 0))):
+            expected = "finite" if signed else "finite and not negative"
+            raise InputError(f"score must be {expected} where it is not masked")
     return masks[0], masks[1]
 
 

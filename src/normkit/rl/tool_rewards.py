@@ -62,7 +62,7 @@ def accepts(pattern: Any, value: Any, equal: Equal = operator.eq) -> bool:
     """Whether a value is the one of a reference, or one of those it accepts."""
     if isinstance(pattern, AnyOf):
         return any(accepts(one, value, equal) for one in pattern.values)
-    if isinstance(pattern, Mapping) and isinstance(value, Mapping):
+    if isinstance(pattern, dict) and isinstance(value, dict):
         required = {k for k, v in pattern.items() if not _optional(v)}
         return required <= value.keys() <= pattern.keys() and all(
             accepts(pattern[k], v, equal) for k, v in value.items()
