@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from normkit.errors import InputError, NormkitError
-from normkit.nn import RMSNorm
+from normkit.nn import PowerNorm, RMSNorm, UnifiedNorm
 from normkit.surgery import fold
 from normkit.surgery.fold import FIXED
 from normkit.surgery.reads import largest_difference, run
@@ -139,6 +139,16 @@ def test_the_rms_norm_of_llama_folds_too():
     assert [line.name for line in report.skipped] == ["model.norm"]  # the head takes a slice of it
     inputs = sample_inputs(model, seed=5)
     assert largest_difference(run(original, inputs), run(model, inputs)) < 1e-4
+
+
+@pytest.mark.parametrize("norm", [UnifiedNorm, PowerNorm])
+def test_batch_wise_norms_of_tokens_fold(norm):
+    model = _random(nn.Sequential(norm(4), nn.Linear(4, 3)))
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    expected = model(x)
+    fold(model, inputs=[x])
+    assert not any(isinstance(layer, norm) for layer in model.modules())
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
 
 
 def test_a_norm_joins_by_one_line(monkeypatch):

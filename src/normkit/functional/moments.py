@@ -184,7 +184,7 @@ def _dense(
     dims = _check(x, dim, mask, kind, ddof)
     x = _accumulable(x)
     if mask is None:
-        size = math.prod(x.shape[d] for d in dims)
+        size = math.prod([x.shape[d] for d in dims])
         count = x.new_full([1 if d in dims else n for d, n in enumerate(x.shape)], float(size))
         if size == 0:
             return x, Moments(torch.zeros_like(count), torch.zeros_like(count), count)

@@ -10,7 +10,7 @@ from torch import Tensor
 from normkit.functional.moments import normalize
 from normkit.functional.norms import layer_norm
 from normkit.nn import LNLSTM, LayerNorm
-from normkit.recipes.base import Claim, Finding, Verdict
+from normkit.recipes.base import Claim, Finding, Verdict, within
 
 METHODS = ("batch norm", "weight norm", "layer norm")
 CHANGES = (
@@ -99,7 +99,7 @@ def _train_is_eval() -> Finding:
     error = max(
         float((a - b).abs().max()) for a, b in ((trained, evaluated), (trained[3:4], alone))
     )
-    return _within(error, 1e-14)
+    return within(error, 1e-14)
 
 
 def _learning_rate() -> Finding:
@@ -112,7 +112,7 @@ def _learning_rate() -> Finding:
         loss = (layer_norm_units(x, scaled) - target).square().sum()
         return torch.autograd.grad(loss, scaled)[0]
 
-    return _within(float((gradient(3.0) * 3.0 - gradient(1.0)).abs().max()), 1e-10)
+    return within(float((gradient(3.0) * 3.0 - gradient(1.0)).abs().max()), 1e-10)
 
 
 def _recurrent_scale() -> Finding:
@@ -126,7 +126,7 @@ def _recurrent_scale() -> Finding:
             if "weight" in name:
                 p.mul_(3.0)
         after = layer(x, (h[0], h[1]))[0]
-    return _within(float((after - before).abs().max()), 1e-10)
+    return within(float((after - before).abs().max()), 1e-10)
 
 
 def _parameters() -> Finding:
@@ -139,11 +139,6 @@ def _parameters() -> Finding:
     holds = all(n == 10 * h for n, (_, h) in zip(extra, sizes, strict=True))
     verdict: Verdict = "holds" if holds else "contradicted"
     return Finding(verdict, f"{extra[0]} more at H = 8, {extra[1]} more at H = 128")
-
-
-def _within(error: float, tolerance: float) -> Finding:
-    verdict: Verdict = "holds" if error <= tolerance else "contradicted"
-    return Finding(verdict, f"largest difference {error:.1e}", {"error": error})
 
 
 CLAIMS: list[Claim] = [

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from normkit.errors import InputError, MissingDependencyError
 from normkit.nn import LNLSTM
-from normkit.recipes.base import Claim, Finding, Verdict
+from normkit.recipes.base import Claim, Finding, verdict_of
 from normkit.statistics import Interval, bootstrap_interval
 
 NETS = ("LSTM", "LN-LSTM")
@@ -207,11 +207,6 @@ class Comparison:
     def finding(self, value: Callable[[Trial], float], unit: str) -> Finding:
         """A verdict on "LN-LSTM's value is the smaller one"."""
         gain = self.difference(value)
-        verdict: Verdict = "not shown"
-        if gain.low > 0:
-            verdict = "holds"
-        elif gain.high < 0:
-            verdict = "contradicted"
         details: dict[str, Any] = {
             f"{net} at {rate:g}{' (its best)' if rate == self.best[net] else ''}": [
                 value(t) for t in self.of(net, rate)
@@ -223,7 +218,7 @@ class Comparison:
             details[f"difference, both at {rate:g}"] = str(self.difference(value, rate))
         means = [sum(value(t) for t in self.of(net)) / len(self.of(net)) for net in NETS]
         text = f"LSTM {means[0]:.3g}, LN-LSTM {means[1]:.3g} {unit}; difference {gain}"
-        return Finding(verdict, text, details)
+        return Finding(verdict_of(gain), text, details)
 
 
 def reached(trial: Trial) -> float:

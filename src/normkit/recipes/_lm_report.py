@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from normkit.recipes._lm import COLORS, Training, Trial, best, trials
-from normkit.recipes.base import Finding, Verdict
+from normkit.recipes.base import Finding, Verdict, verdict_of
 from normkit.report.page import write_report
 from normkit.report.plots import figure
 from normkit.runs import RunLogger, read_table
@@ -36,13 +36,8 @@ def planned(norm: str) -> tuple[Trial, ...]:
 def lower_loss(found: Sequence[Trial], better: str, worse: str) -> Finding:
     """Whether one norm ends with a lower held-out loss than another, paired by seed."""
     gain = bootstrap_interval(_differences(found, worse, better))
-    verdict: Verdict = "not shown"
-    if gain.low > 0:
-        verdict = "holds"
-    elif gain.high < 0:
-        verdict = "contradicted"
     measured = f"{worse} minus {better} {gain} nats a byte; {_losses(found, (better, worse))}"
-    return Finding(verdict, measured, _seeds(found, (better, worse)))
+    return Finding(verdict_of(gain), measured, _seeds(found, (better, worse)))
 
 
 def on_par(found: Sequence[Trial], norm: str, peer: str) -> Finding:

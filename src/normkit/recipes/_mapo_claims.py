@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from normkit.recipes.base import Claim, Finding
+from normkit.recipes.base import Claim, Finding, within
 from normkit.rl.advantage import ESTIMATORS, estimate, get_estimator
 from normkit.rl.environment import Reply
 from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
@@ -26,15 +26,10 @@ def _estimate(name: str, rewards: Sequence[float], **options: Any) -> torch.Tens
     return estimate(name, torch.tensor(rewards, dtype=torch.float64), *index, **options)
 
 
-def _within(error: float, tolerance: float) -> Finding:
-    verdict: Literal["holds", "contradicted"] = "holds" if error <= tolerance else "contradicted"
-    return Finding(verdict, f"largest difference {error:.1e}", {"error": error})
-
-
 def _worked_numbers() -> Finding:
     expected = torch.tensor([0, 0.112702, 0.887298, 0.774597, -1.274597, -0.5], dtype=torch.float64)
     got = _estimate("mapo", _CARD[0], gamma=1.0)
-    return _within(float((got - expected).abs().max()), 1e-6)
+    return within(float((got - expected).abs().max()), 1e-6)
 
 
 def _reduces_to_grpo() -> Finding:
@@ -48,7 +43,7 @@ def _reduces_to_grpo() -> Finding:
         .max()
         for a in (0.0, 0.3, 0.5, 1.0)
     ]
-    return _within(float(max(errors)), 1e-9)
+    return within(float(max(errors)), 1e-9)
 
 
 def _single_levels() -> Finding:
@@ -57,13 +52,13 @@ def _single_levels() -> Finding:
         (_estimate("mapo", _CARD[0], alpha=a) - _estimate(name, _CARD[0])).abs().max()
         for name, a in pairs
     ]
-    return _within(float(max(errors)), 1e-12)
+    return within(float(max(errors)), 1e-12)
 
 
 def _turn_shift() -> Finding:
     shifted = [r + c for r, c in zip(_CARD[0], (5, -3, 11, 5, -3, 11), strict=True)]
     difference = _estimate("turn", shifted) - _estimate("turn", _CARD[0])
-    return _within(float(difference.abs().max()), 1e-6)
+    return within(float(difference.abs().max()), 1e-6)
 
 
 def _no_critic() -> Finding:

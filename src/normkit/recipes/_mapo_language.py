@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from normkit.recipes.base import Claim, Finding, Verdict
+from normkit.recipes.base import Claim, Finding, Verdict, verdict_of
 from normkit.runs import read_json, read_table
 from normkit.statistics import Interval, bootstrap_interval
 
@@ -92,10 +92,7 @@ def _over_grpo() -> Finding:
     for name, runs in (("mapo", mapo), ("grpo", grpo)):
         details[f"tokens sampled by {name}"] = [run["tokens"] for run in runs.values()]
     gain = _paired(_of(mapo, "after", "sampled"), _of(grpo, "after", "sampled"))
-    verdict: Verdict = "not shown"
-    if gain.low > 0 or gain.high < 0:
-        verdict = "holds" if gain.low > 0 else "contradicted"
-    return Finding(verdict, f"EPM-Q after training: MAPO minus GRPO {gain}", details)
+    return Finding(verdict_of(gain), f"EPM-Q after training: MAPO minus GRPO {gain}", details)
 
 
 MEASURED_LANGUAGE: tuple[Claim, ...] = (

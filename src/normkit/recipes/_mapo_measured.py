@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from normkit.recipes._mapo_comparison import Choice, Plan, Trial, compare
-from normkit.recipes.base import Claim, Finding, Verdict
+from normkit.recipes.base import Claim, Finding, verdict_of
 from normkit.rl.environments.tabular import TabularWorld
 from normkit.rl.tabular import ascend, credit, policy_gradient, roll_out
-from normkit.statistics import Interval, bootstrap_interval
+from normkit.statistics import bootstrap_interval
 
 PLAN = Plan(
     names=("mapo", "turn", "batch", "batch-returns", "grpo", "reinforce++", "turn-baseline"),
@@ -40,12 +40,6 @@ def _table(field: str, name: str, choice: Choice) -> Values:
     """A field of one estimator's trials ``[horizon, seed]``."""
     rows = [getattr(t, field) for t in _trials() if t.name == name and t.choice == choice]
     return np.asarray(rows, dtype=np.float64)
-
-
-def _verdict(gain: Interval) -> Verdict:
-    if gain.low > 0:
-        return "holds"
-    return "contradicted" if gain.high < 0 else "not shown"
 
 
 def _details(field: str, names: Sequence[str], difference: Callable[..., Values]) -> dict[str, Any]:
@@ -75,7 +69,7 @@ def _final_return(better: str, worse: str) -> Finding:
     gap = np.subtract(*(_table("final", name, "own") for name in names))
     gain = bootstrap_interval(gap.mean(0).tolist())
     measured = f"{gain} of the optimal return"
-    return Finding(_verdict(gain), measured, _details("final", names, np.subtract))
+    return Finding(verdict_of(gain), measured, _details("final", names, np.subtract))
 
 
 def _less_scatter(mapo: Values, grpo: Values) -> Values:
@@ -90,7 +84,7 @@ def _seed_spread() -> Finding:
     gain = bootstrap_interval(_less_scatter(mapo, grpo).mean(0).tolist())
     spreads = [f"{np.sqrt(x.var(1).mean()):.4f}" for x in (mapo, grpo)]
     measured = f"std over seeds {spreads[0]} against {spreads[1]}; variance {gain} smaller"
-    return Finding(_verdict(gain), measured, _details("final", names, _less_scatter))
+    return Finding(verdict_of(gain), measured, _details("final", names, _less_scatter))
 
 
 def _gradient_norm() -> Finding:
@@ -105,7 +99,7 @@ def _gradient_norm() -> Finding:
     means = ", ".join(f"{name} {x.mean():.4f}" for name, x in norms.items())
     measured = f"batch-returns minus {rival}, the largest other, {gain}; {means}"
     seeds = {name: x.tolist() for name, x in norms.items()}
-    return Finding(_verdict(gain), measured, {"horizon": PLAN.horizons[-1], **seeds})
+    return Finding(verdict_of(gain), measured, {"horizon": PLAN.horizons[-1], **seeds})
 
 
 def _gap_grows() -> Finding:
@@ -116,7 +110,7 @@ def _gap_grows() -> Finding:
         for horizon, gap in zip(PLAN.horizons, gaps, strict=True)
     }
     means = ", ".join(f"{h}: {g.mean():+.3f}" for h, g in zip(PLAN.horizons, gaps, strict=True))
-    return Finding(_verdict(gain), f"gap by length {means}; last minus first {gain}", per_length)
+    return Finding(verdict_of(gain), f"gap by length {means}; last minus first {gain}", per_length)
 
 
 def _quasi_hyperbolic() -> Finding:

@@ -7,14 +7,9 @@ from torch import Tensor
 
 from normkit.nn import LayerNorm, PowerNorm
 from normkit.recipes._lm_report import calmer, lower_loss, planned
-from normkit.recipes.base import Claim, Finding, Verdict
+from normkit.recipes.base import Claim, Finding, within
 
 CHANNELS, STEPS = 6, 200
-
-
-def _within(error: float, tolerance: float) -> Finding:
-    verdict: Verdict = "holds" if error <= tolerance else "contradicted"
-    return Finding(verdict, f"largest difference {error:.1e}", {"error": error})
 
 
 def _layer() -> PowerNorm:
@@ -43,7 +38,7 @@ def _forward() -> Finding:
     keep = 1 - norm.momentum
     ages = torch.arange(STEPS - 1, -1, -1, dtype=torch.float64)
     closed = keep**STEPS + norm.momentum * (keep**ages) @ squares
-    return _within(float((norm.running_var - closed).abs().max()), 1e-12)
+    return within(float((norm.running_var - closed).abs().max()), 1e-12)
 
 
 def _backward() -> Finding:
@@ -56,7 +51,7 @@ def _backward() -> Finding:
         psi = (x / z).mean(0)
         worst = max(worst, float((dx - (grad - nu * z) / psi).abs().max()))
         nu = nu + norm.momentum * ((grad - nu * z) * z).mean(0)
-    return _within(max(worst, float((norm.running_grad - nu).abs().max())), 1e-11)
+    return within(max(worst, float((norm.running_grad - nu).abs().max())), 1e-11)
 
 
 def _bounded() -> Finding:
@@ -84,7 +79,7 @@ def _layer_scale() -> Finding:
     norm = PowerNorm(CHANNELS, eps=0.0, groups=2, dtype=torch.float64).eval()
     x = torch.randn(9, CHANNELS, dtype=torch.float64)
     sizes = torch.rand(9, 1, dtype=torch.float64) + 0.1
-    return _within(float((norm(x * sizes) - norm(x)).detach().abs().max()), 1e-12)
+    return within(float((norm(x * sizes) - norm(x)).detach().abs().max()), 1e-12)
 
 
 def _state() -> Finding:

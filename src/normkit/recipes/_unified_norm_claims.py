@@ -8,14 +8,9 @@ from torch.nn import functional as F
 from normkit.nn import LayerNorm, UnifiedNorm
 from normkit.recipes._lm_report import collapses, lower_loss, on_par, planned
 from normkit.recipes._unified_norm_fused import SHAPE, inference, models, peak_bytes, seconds
-from normkit.recipes.base import Claim, Finding, Verdict
+from normkit.recipes.base import Claim, Finding, verdict_of, within
 from normkit.statistics import bootstrap_interval
 from normkit.surgery.fold import folded_affine
-
-
-def _within(error: float, tolerance: float) -> Finding:
-    verdict: Verdict = "holds" if error <= tolerance else "contradicted"
-    return Finding(verdict, f"largest difference {error:.1e}", {"error": error})
 
 
 def _trained(window_size: int = 4) -> UnifiedNorm:
@@ -34,7 +29,7 @@ def _fused() -> Finding:
     linear = torch.nn.Linear(12, 7, dtype=torch.float64)
     x = torch.randn(50, 12, dtype=torch.float64)
     fused = F.linear(x, *folded_affine(linear, *norm.inference_affine()))
-    return _within(float((fused - linear(norm(x))).detach().abs().max()), 1e-12)
+    return within(float((fused - linear(norm(x))).detach().abs().max()), 1e-12)
 
 
 def _window_of_one() -> Finding:
@@ -48,7 +43,7 @@ def _window_of_one() -> Finding:
     out = norm(x)
     found = (out, *torch.autograd.grad(out, leaves, grad))
     errors = [(a - b).detach().abs().max() for a, b in zip(found, expected, strict=True)]
-    return _within(float(max(errors)), 1e-12)
+    return within(float(max(errors)), 1e-12)
 
 
 def _geometric() -> Finding:
@@ -57,7 +52,7 @@ def _geometric() -> Finding:
     norm = UnifiedNorm(1, eps=0.0, warmup=0, affine=False, dtype=torch.float64)
     outs = [float(norm(torch.full((4, 1), v, dtype=torch.float64))[0, 0]) for v in values]
     last = torch.tensor(values[-4:], dtype=torch.float64)
-    return _within(abs(outs[-1] - values[-1] / float(last.log().mean().exp())), 1e-12)
+    return within(abs(outs[-1] - values[-1] / float(last.log().mean().exp())), 1e-12)
 
 
 def _threshold() -> Finding:
@@ -70,7 +65,7 @@ def _threshold() -> Finding:
         spread = window.sqrt().var(1, correction=0)
         outside = torch.maximum(spread - gap, gap - size * spread)
         worst = max(worst, float(outside.max()))
-    return _within(max(worst, 0.0), 1e-9)
+    return within(max(worst, 0.0), 1e-9)
 
 
 def _state() -> Finding:
@@ -103,12 +98,7 @@ def _latency() -> Finding:
     taken = seconds(20)
     gains = [1 - a / b for a, b in zip(taken["fused"], taken["layer"], strict=True)]
     gain = bootstrap_interval(gains)
-    verdict: Verdict = "not shown"
-    if gain.low > 0:
-        verdict = "holds"
-    elif gain.high < 0:
-        verdict = "contradicted"
-    return Finding(verdict, f"share of LayerNorm's time saved {gain}", {"gains": gains})
+    return Finding(verdict_of(gain), f"share of LayerNorm's time saved {gain}", {"gains": gains})
 
 
 CLAIMS: list[Claim] = [

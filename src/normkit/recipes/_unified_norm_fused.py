@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from normkit.nn import LayerNorm, UnifiedNorm
 from normkit.nn.residual import Norm, Transformer
-from normkit.surgery.fold import folded_affine
+from normkit.surgery import fold
 from normkit.surgery.timing import in_turns
 
 DIM, HEADS, LAYERS = 192, 3, 4  # a third of DeiT-Tiny's depth
@@ -31,17 +31,7 @@ def stack(norm: Norm) -> Transformer:
 
 def fuse(model: Transformer) -> Transformer:
     """Put every UnifiedNorm into the linear layer that reads it, in place."""
-    blocks: Any = model.blocks
-    for block in blocks:
-        attention, feed_forward = block.attention, block.feed_forward
-        for part, linear in (
-            (attention, attention.sublayer.qkv),
-            (feed_forward, feed_forward.sublayer.up),
-        ):
-            weight, bias = folded_affine(linear, *part.norm_in.inference_affine())
-            linear.weight.data.copy_(weight)
-            linear.bias.data.copy_(bias)
-            part.norm_in = nn.Identity()
+    fold(model, inputs=[torch.randn(2, *SHAPE[1:])])
     return model
 
 

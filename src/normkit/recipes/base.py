@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from normkit.statistics import Interval
+
 Kind = Literal["exact", "structural", "measured"]
 Verdict = Literal["holds", "not shown", "contradicted"]
 
@@ -28,6 +30,25 @@ class Finding:
     verdict: Verdict
     measured: str
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def within(error: float, tolerance: float, **details: Any) -> Finding:
+    """Find that an identity holds to a tolerance, or is contradicted.
+
+    Args:
+        error: largest difference between the two sides.
+        tolerance: how large it may be.
+        details: further figures.
+    """
+    verdict: Verdict = "holds" if error <= tolerance else "contradicted"
+    return Finding(verdict, f"largest difference {error:.1e}", {"error": error, **details})
+
+
+def verdict_of(gain: Interval) -> Verdict:
+    """Verdict on a gain that is claimed to be positive: where its interval lies beside zero."""
+    if gain.low > 0:
+        return "holds"
+    return "contradicted" if gain.high < 0 else "not shown"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,7 +33,7 @@ from normkit.errors import InputError
 from normkit.nn import CRMSNorm, RMSNorm
 from normkit.recipes import _pre_rmsnorm_latency as timing
 from normkit.recipes import _pre_rmsnorm_models as models
-from normkit.recipes.base import Claim, Finding, System
+from normkit.recipes.base import Claim, Finding, System, within
 from normkit.report.page import write_report
 from normkit.runs import RunLogger
 from normkit.statistics import bootstrap_interval
@@ -205,11 +205,6 @@ def _line(what: str, forms: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------- claims
 
 
-def _within(error: float, tolerance: float, **details: Any) -> Finding:
-    verdict: Literal["holds", "contradicted"] = "holds" if error <= tolerance else "contradicted"
-    return Finding(verdict, f"largest difference {error:.1e}", {"error": error, **details})
-
-
 def _worked_numbers() -> Finding:
     x = torch.tensor([1.0, 2, 4, 5], dtype=torch.float64)
     centered = torch.tensor([-2.0, -1, 1, 2], dtype=torch.float64)
@@ -219,7 +214,7 @@ def _worked_numbers() -> Finding:
         RMSNorm(4, eps=0.0).double()(centered) - expected,
         CRMSNorm(3, eps=0.0)(centered[:-1]) - expected[:-1],
     ]
-    return _within(max(gap.abs().max().item() for gap in found), 1e-14)
+    return within(max(gap.abs().max().item() for gap in found), 1e-14)
 
 
 def _equivalence() -> Finding:
@@ -228,7 +223,7 @@ def _equivalence() -> Finding:
         forms = convert(make())
         found = exact(forms, sample_inputs(forms["original"], seed=1))
         gaps[name] = max(found[to] for to in TARGETS)
-    return _within(max(gaps.values()), 1e-10, architectures=gaps)
+    return within(max(gaps.values()), 1e-10, architectures=gaps)
 
 
 def _zero_mean() -> Finding:
@@ -238,7 +233,7 @@ def _zero_mean() -> Finding:
         norms = list(norm_layers(model))
         recenter(model)
         means[name] = max(stream_means(model, sample_inputs(model, seed=1), norms).values())
-    return _within(max(means.values()), 1e-12, architectures=means)
+    return within(max(means.values()), 1e-12, architectures=means)
 
 
 def _training() -> Finding:
@@ -249,7 +244,7 @@ def _training() -> Finding:
         recenter(online, to, online=True)
         pairs = zip(_losses(original), _losses(online), strict=True)
         gaps[to] = max(abs(a - b) for a, b in pairs)
-    return _within(max(gaps.values()), 1e-9, forms=gaps)
+    return within(max(gaps.values()), 1e-9, forms=gaps)
 
 
 def _losses(model: Any) -> list[float]:

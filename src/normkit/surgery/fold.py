@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit.errors import InputError, NormkitError
-from normkit.nn import LayerNorm, RMSNorm
+from normkit.nn import LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
 from normkit.surgery.layers import CompletedCRMSNorm
 from normkit.surgery.ledger import Ledger, changes
 from normkit.surgery.linear import along, apply_weight, input_axis, is_conv, is_linear, output_axes
@@ -47,6 +47,8 @@ FIXED: dict[type[nn.Module], Affine] = {
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
     nn.SyncBatchNorm: _batch_norm,
+    UnifiedNorm: UnifiedNorm.inference_affine,
+    PowerNorm: PowerNorm.inference_affine,
 }
 """Norms that are ``x * scale + shift`` per channel in evaluation: a function of the norm that
 returns both in float64, or raises InputError with the reason why this one is not."""
