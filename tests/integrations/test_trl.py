@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from normkit.errors import InputError
 from normkit.rl.advantage import ESTIMATORS, estimate, to_tokens
-from normkit.rl.dialogue import turn_table
+from normkit.rl.dialogue import pack, turn_table
+from normkit.rl.rollout import RolloutConfig
 from tests.rl.talk import ScriptedWorld, check_dialogue
 from tests.rl.test_trainer import PlainJudge, make
 from tests.rl.tiny import tiny_model, tiny_tokenizer
@@ -84,8 +86,6 @@ def batch_of(trainer):
 def tokens_of(ours, dialogues):
     """Advantage of each token after the first prompt, by our trainer."""
     advantage = ours._advantage(turn_table(dialogues))
-    from normkit.rl.dialogue import pack
-
     rows = [to_tokens(advantage, row.turn_row) for row in pack(dialogues)]
     begins = [dialogue.segments[0].spans[0][1] for dialogue in dialogues]
     return [row[begin:] for row, begin in zip(rows, begins, strict=True)]
@@ -156,6 +156,17 @@ def test_without_turn_rewards_the_outcome_is_earned_in_the_last_turn(tmp_path):
     )
 
 
+def test_an_environment_of_trl_may_keep_its_turn_rewards(tmp_path):
+    _, dialogues = played()
+    trainer = theirs(tmp_path, dialogues)
+    turn = torch.tensor([[0, -1, 1, 1], [0, 0, -1, -1]])
+    trainer.environments = [SimpleNamespace(turn_rewards=r) for r in ([1, None], [2.5])]
+    first, second = trainer._turn_rewards([{}, {}], turn)
+    assert first[0] == 1.0
+    assert math.isnan(first[1])
+    assert second == [2.5]
+
+
 def test_the_wrong_number_of_turn_rewards_is_refused(tmp_path):
     _, dialogues = played()
     fields = integration.completions(dialogues)
@@ -180,9 +191,9 @@ def test_smollm2_trains_in_the_emotional_support_world(tmp_path):
         args=arguments(
             tmp_path,
             max_steps=2,
-            per_device_train_batch_size=4,
-            num_generations=4,
-            max_completion_length=16,
+            per_device_train_batch_size=2,
+            num_generations=2,
+            max_completion_length=8,
             learning_rate=1e-5,
         ),
         processing_class=tokenizer,
@@ -215,11 +226,12 @@ def test_rollouts_are_what_the_model_says(tmp_path, through_trl):
     world = ScriptedWorld(max_turns=4, turns=lambda seed: 1 + seed % 4)
     world.tasks = lambda split: ["a", "b"]
     trainer = theirs(tmp_path, world=world)
-    rollout = trainer.rollout_func
-    rollout.through_trl = through_trl
-    play = integration._play_rounds if through_trl else None
     tasks = [("a", 0, 4), ("a", 0, 5), ("b", 1, 6), ("b", 1, 7)]
-    dialogues = play(world, tasks, trainer) if play else rollout._play(tasks, trainer)
+    if through_trl:
+        dialogues = integration._play_rounds(world, tasks, trainer)
+    else:
+        config = RolloutConfig(max_new_tokens=12, dtype="float32")
+        dialogues = integration.WorldRollout(world, config)._play(tasks, trainer)
     assert [len(d.turns) for d in dialogues] == [1, 2, 3, 4]
     for dialogue in dialogues:
         assert dialogue.scores == {"score": float(len(dialogue.turns))}
@@ -261,6 +273,16 @@ def test_a_dialogue_that_outgrew_its_context_is_refused():
     dialogues[0].segments.append(dialogues[0].segments[0])
     with pytest.raises(InputError, match="outgrew max_context"):
         integration.completions(dialogues)
+
+
+def test_generation_of_the_wrong_temperature_is_refused(tmp_path):
+    trainer = theirs(tmp_path, world=make().environment, temperature=0.7)
+    trainer.rollout_func.config = RolloutConfig(max_new_tokens=12)
+    with pytest.raises(InputError, match=r"that of args \(0.7\), got 1.0"):
+        trainer.rollout_func(["career-0"], trainer)
+    trainer.rollout_func.through_trl = True
+    with pytest.raises(InputError, match="must be None where TRL generates"):
+        trainer.rollout_func(["career-0"], trainer)
 
 
 def test_a_world_excludes_what_it_supplies(tmp_path):

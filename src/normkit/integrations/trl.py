@@ -84,6 +84,8 @@ class TurnAdvantageTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         if get_estimator(estimator).needs:
             raise InputError(f"estimator {estimator!r} needs a critic, which TRL does not train")
+        if environment is None and rollout is not None:
+            raise InputError("rollout must be None without an environment: nothing else reads it")
         if environment is not None:
             taken = [name for name in ("rollout_func", "environment_factory") if kwargs.get(name)]
             if taken:
@@ -419,4 +421,4 @@ def _longest_row(trainer: Any) -> int:
     limits = [trainer.model.config.get_text_config().max_position_embeddings]
     if trainer.use_vllm and trainer.args.vllm_max_model_length is not None:
         limits.append(trainer.args.vllm_max_model_length)
-    return min(limits)
+    return int(min(limits))
