@@ -50,7 +50,7 @@ class Plan:
     seeds: int = 12
     tuning_seeds: int = 4
     updates: int = 60
-    rates: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
+    rates: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
 
     def __post_init__(self) -> None:
         for name in ("seeds", "tuning_seeds", "updates"):

@@ -83,7 +83,7 @@ class Config:
     seeds: int = 12
     tuning_seeds: int = 4
     updates: int = 60
-    rates: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
+    rates: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
     model: str = "smollm2"
     estimator: Literal["matchtir", "grpo", "turn"] = "matchtir"
     matching: Method = "hungarian"
@@ -255,7 +255,8 @@ def plot_final(trials: Mapping[str, Trial], path: Path) -> None:
                     error_kw={"lw": 1, "capsize": 2},
                 )
         by_length.set(title="solve-F1 by required calls", xlabel="calls", xticks=list(scores))
-        by_length.legend(fontsize=7)
+        by_length.legend(fontsize=7, ncols=3, loc="upper center", framealpha=1)
+        by_length.set_ylim(0, 1.25)
         redundant.set(title="redundant calls a dialogue")
         wrong.set(title="share of calls with wrong arguments")
         for ax in (redundant, wrong):
@@ -279,7 +280,7 @@ def plot_credit(credited: Mapping[str, Mapping[str, Sequence[float]]], path: Pat
         ax.axhline(0, color="black", lw=0.6)
         ax.set_xticks(range(len(credited)), list(credited))
         ax.set(title="credit of calls, a half-trained policy", ylabel="mean advantage")
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, ncols=4, loc="lower center")
 
 
 SYSTEM = System(
