@@ -23,7 +23,7 @@ from normkit.recipes._peri_ln_training import (
     train,
     unevenness,
 )
-from normkit.recipes.base import Claim, Finding, Verdict
+from normkit.recipes.base import Claim, Finding, Verdict, within
 from normkit.statistics import bootstrap_interval
 
 WITHOUT_EPS = partial(LayerNorm, eps=0.0)
@@ -42,7 +42,7 @@ def _identity_norm() -> Finding:
         block = TransformerBlock(8, 2, placement=placement, norm=nn.Identity).double()
         with torch.no_grad():
             outputs.append(block(_tokens(0, 2, 5, 8)))
-    return _within(max(float((out - outputs[0]).abs().max()) for out in outputs), 0.0)
+    return within(max(float((out - outputs[0]).abs().max()) for out in outputs), 0.0)
 
 
 def scaled_branch(placement: Placement, scale: float) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def _scale(placement: Placement, power: int) -> Finding:
         other, other_gradient = scaled_branch(placement, c)
         errors.append(float((other / c**power - added).abs().max()))
         errors.append(float((other_gradient / c ** (power - 1) - gradient).abs().max()))
-    return _within(max(errors), 1e-10)
+    return within(max(errors), 1e-10)
 
 
 def gradient_share(massive: float, placement: Placement) -> float:
@@ -131,11 +131,6 @@ def _parameters() -> Finding:
     published = {"post": 4, "pre": 4, "sandwich": 8, "peri": 8, "output": 4}
     verdict: Verdict = "holds" if norms == published else "contradicted"
     return Finding(verdict, ", ".join(f"{p} {n:g} D" for p, n in norms.items()), norms)
-
-
-def _within(error: float, tolerance: float) -> Finding:
-    verdict: Verdict = "holds" if error <= tolerance else "contradicted"
-    return Finding(verdict, f"largest difference {error:.1e}", {"error": error})
 
 
 @cache

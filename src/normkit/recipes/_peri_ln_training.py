@@ -24,7 +24,7 @@ from normkit.diagnostics import Monitor, gradient_norms, spikes
 from normkit.errors import InputError
 from normkit.nn.residual import PLACEMENTS, Placement
 from normkit.recipes._lm import LanguageModel, Training
-from normkit.recipes.base import Finding, Verdict
+from normkit.recipes.base import Finding, verdict_of
 from normkit.statistics import Interval, bootstrap_interval
 
 
@@ -277,11 +277,6 @@ class Comparison:
     ) -> Finding:
         """A verdict on "peri's value is the smaller one", with every rate in the details."""
         gain = self.difference(value, other, rate)
-        verdict: Verdict = "not shown"
-        if gain.low > 0:
-            verdict = "holds"
-        elif gain.high < 0:
-            verdict = "contradicted"
         details: dict[str, Any] = {"best rates": self.best}
         for each in self.rates:
             details[f"at {each:g}"] = {
@@ -291,7 +286,7 @@ class Comparison:
         means = [self.mean(value, p, rate) for p in (other, "peri")]
         where = f"at {rate:g}" if rate else "each at its best rate"
         text = f"{other} {means[0]:.3g}, peri {means[1]:.3g} {unit} {where}; difference {gain}"
-        return Finding(verdict, text, details)
+        return Finding(verdict_of(gain), text, details)
 
     def mean(
         self, value: Callable[[Trial], float], placement: str, rate: float | None = None
