@@ -69,6 +69,12 @@ def test_exact_and_structural_claims_hold(entry, capsys):
     assert {r["verdict"] for r in rows} == {"holds"}
 
 
+def test_several_processes_need_one_folder(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["run", "mapo"]) == 2
+    assert "--folder" in capsys.readouterr().err
+
+
 def test_verify_keeps_its_findings(tmp_path, capsys):
     assert main(["verify", "mapo", "--json", "--save", str(tmp_path)]) == 0
     saved = json.loads((tmp_path / "mapo.json").read_text())

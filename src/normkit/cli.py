@@ -18,7 +18,13 @@ from normkit import __version__, recipes
 from normkit.errors import InputError, NormkitError
 from normkit.files import finite, write_json
 from normkit.recipes.base import Claim, Finding, System
-from normkit.runs import latest_run_folder, new_run_folder, read_json
+from normkit.runs import (
+    latest_run_folder,
+    new_run_folder,
+    process_count,
+    process_rank,
+    read_json,
+)
 
 _VERDICT_STYLE = {"holds": "green", "not shown": "yellow", "contradicted": "red"}
 
@@ -111,12 +117,14 @@ def run(arguments: Sequence[str]) -> None:
     if options.dry_run:
         print(f"{system.slug}: the options are fine")
         return
+    if process_count() > 1 and options.folder is None:
+        raise InputError("folder: several processes need one run folder; give it with --folder")
     if options.resume:
         folder = options.folder or latest_run_folder(options.runs, system.slug)
         read_json(folder, "config.json")
     else:
         folder = options.folder or new_run_folder(options.runs, system.slug)
-        if (folder / "config.json").exists():
+        if process_rank() == 0 and (folder / "config.json").exists():
             raise InputError(f"{folder} holds a run already; go on with it by --resume")
         folder.mkdir(parents=True, exist_ok=True)
     system.run(config, folder)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,16 @@ from typing import Any
 
 from normkit.errors import InputError
 from normkit.files import finite, write_json, write_text
+
+
+def process_count() -> int:
+    """How many processes torchrun or another launcher started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_rank() -> int:
+    """Which of them this one is; the one of rank 0 writes the run folder."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def new_run_folder(root: str | Path, slug: str) -> Path:

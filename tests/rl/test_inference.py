@@ -149,6 +149,21 @@ def test_adapters_are_merged_before_rounding(base_dtype):
         torch.testing.assert_close(logits(twin.model), logits(policy), atol=4e-2, rtol=0)
 
 
+def test_a_forward_that_was_put_around_the_original_stays_with_it(model):
+    asked = []
+    plain = model.forward
+
+    def around(*args, **kwargs):
+        asked.append(1)
+        return plain(*args, **kwargs)
+
+    expected = logits(model)
+    model.forward = around
+    twin = InferenceCopy(model, torch.float32)
+    assert torch.equal(logits(twin.model), expected)
+    assert not asked
+
+
 def test_adapters_that_do_not_merge_are_refused(model):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(InputError, match="learns prompts"):

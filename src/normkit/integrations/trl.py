@@ -16,8 +16,7 @@ Shapes: B completions of a process, L tokens of a completion (padded), N turns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from normkit.rl.advantage import estimate, get_estimator, to_tokens
 from normkit.rl.chat_format import ChatFormat
 from normkit.rl.dialogue import Dialogue, Segment, Turn, finite_mean, pack, turn_table
 from normkit.rl.environment import Environment, Reply, Split
-from normkit.rl.inference import unwrap
 from normkit.rl.rollout import Rollout, RolloutConfig
 from normkit.rl.token_grid import turns_of_mask
 
@@ -266,8 +264,7 @@ class WorldRollout:
                     f"rollout: its temperature must be that of args ({trainer.args.temperature}), "
                     f"got {config.temperature}"
                 )
-            with _own_forward(unwrap(model)):
-                self._rollout = Rollout(model, trainer.processing_class, config)
+            self._rollout = Rollout(model, trainer.processing_class, config)
         self._rollout.sync(model)
         return self._rollout.run(self.environment, tasks)
 
@@ -392,20 +389,6 @@ def _play_rounds(
     for dialogue, session in zip(dialogues, sessions, strict=True):
         dialogue.scores = environment.score(session)
     return dialogues
-
-
-@contextmanager
-def _own_forward(model: Any) -> Iterator[None]:
-    """Take off what TRL and accelerate put around ``model.forward``.
-
-    In a copy of the model it would call the original.
-    """
-    around = model.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if around is not None:
-            model.forward = around
 
 
 def _most(count: int, trainer: Any) -> int:

@@ -44,7 +44,7 @@ from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
 from normkit.rl.environments.epm import EPMConfig, RewardKind
 from normkit.rl.environments.scenario import Scenario, builtin_scenarios, load_scenarios
 from normkit.rl.loss import PolicyLossConfig
-from normkit.runs import RunLogger, read_json, read_table
+from normkit.runs import RunLogger, process_rank, read_json, read_table
 from normkit.statistics import bootstrap_interval
 
 _MAPO_FAMILY = ("mapo", "turn", "batch", "batch-returns", "turn-baseline")
@@ -165,10 +165,12 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
 
     config.validate()
     started = time.perf_counter()
-    console = Console()
+    # Under torchrun every process trains; the first one alone writes and speaks.
+    first = process_rank() == 0
+    console = Console(quiet=not first)
     environment = make_environment(config, folder)
-    logger = RunLogger(folder)
-    if not (folder / "config.json").exists():
+    logger = RunLogger(folder) if first else None
+    if logger is not None and not (folder / "config.json").exists():
         logger.config(config)
     with console.status(f"loading {config.model}"):
         model, tokenizer = load_policy(config.model)
@@ -202,15 +204,17 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
         _progress(console, config.steps),
     )
     if not (folder / "before.json").exists():
-        _evaluate(trainer, logger, folder, "before", console)
+        _evaluate(trainer, folder, "before", console)
     if (standing_folder(folder / "checkpoint") / "state.json").exists():
         trainer.resume(folder / "checkpoint")
         console.print(f"resumed after step {trainer.step}")
     trainer.train(folder / "checkpoint", folder / "best")
-    _evaluate(trainer, logger, folder, "after", console)
+    _evaluate(trainer, folder, "after", console)
     if config.save_hf is not None:
         trainer.save_hf(config.save_hf)
         console.print(f"model saved to {config.save_hf}")
+    if logger is None:
+        return {}
     results = summarize(config, folder, time.perf_counter() - started)
     logger.results(results)
     logger.close()
@@ -320,7 +324,7 @@ def summarize(config: Config, folder: Path, seconds: float) -> dict[str, Any]:
     }
 
 
-def _evaluate(trainer: Any, logger: RunLogger, folder: Path, name: str, console: Console) -> None:
+def _evaluate(trainer: Any, folder: Path, name: str, console: Console) -> None:
     sides: dict[str, Any] = {}
     for mode, greedy in (("greedy", True), ("sampled", False)):
         with console.status(f"held-out scenarios {name} training, {mode}"):
@@ -328,7 +332,8 @@ def _evaluate(trainer: Any, logger: RunLogger, folder: Path, name: str, console:
         sides[mode] = [_record(d) for d in dialogues]
         score = sum(d.scores["score"] for d in dialogues) / len(dialogues)
         console.print(f"{name} training, {mode}: held-out score {score:.2f}")
-    write_json(folder / f"{name}.json", sides)
+    if process_rank() == 0:
+        write_json(folder / f"{name}.json", sides)
 
 
 def _record(dialogue: Dialogue) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class InferenceCopy:
             # deepcopy takes what its memo holds in place of a copy: tied weights stay tied.
             twins[id(parameter)] = twin
         self.model: Any = copy.deepcopy(base, twins)
+        # What accelerate and TRL put around the original's forward would call the original.
+        self.model.__dict__.pop("forward", None)
         self._moved: dict[str, str] = {}
         self._adapted: list[str] = []
         self._strip_adapters()
