@@ -122,7 +122,7 @@ def hungarian(score: Tensor, rows: Tensor | None = None, columns: Tensor | None 
         try:
             from scipy.optimize import linear_sum_assignment
         except ImportError:
-            raise MissingDependencyError("scipy", "data") from None
+            raise MissingDependencyError("scipy", "rl") from None
         solved = torch.full((len(hard), flat.shape[1]), -1)
         found = solved.numpy()
         for place, matrix in zip(found, flat[hard].double().cpu().numpy(), strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normkit.functional.matching import METHODS, match, sinkhorn
-from normkit.recipes.base import Claim, Finding, Verdict
+from normkit.recipes.base import Claim, Finding, within
 from normkit.rl.advantage import estimate
 from normkit.rl.environments.tool_tasks import make_tasks
 from normkit.rl.environments.toolbox import Toolbox
@@ -24,11 +24,6 @@ _REDUNDANT = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
 
 def _tensor(x: Any) -> Tensor:
     return torch.tensor(x, dtype=torch.float64)
-
-
-def _within(error: float, tolerance: float) -> Finding:
-    verdict: Verdict = "holds" if error <= tolerance else "contradicted"
-    return Finding(verdict, f"largest difference {error:.1e}", {"error": error})
 
 
 def _gap(got: Tensor, expected: Any) -> float:
@@ -48,7 +43,7 @@ def _worked_similarity() -> Finding:
     gold = ToolCall("weather", {"city": "Paris", "unit": "C"})
     predicted = ToolCall("weather", {"city": "Paris", "days": 3})
     found = [tool_similarity(p, gold) for p in (predicted, gold, ToolCall("other"))]
-    return _within(_gap(_tensor(found), [0.5833333333, 1, 0]), 1e-9)
+    return within(_gap(_tensor(found), [0.5833333333, 1, 0]), 1e-9)
 
 
 def _brute_force() -> Finding:
@@ -62,7 +57,7 @@ def _brute_force() -> Finding:
         error = max(error, float((match(score).reward.sum(1) - best).abs().max()))
         greedy = match(score, "greedy").reward.sum(1)
         error = max(error, float((greedy - best).max()))
-    return _within(error, 1e-12)
+    return within(error, 1e-12)
 
 
 def _worked_matchings() -> Finding:
@@ -73,19 +68,19 @@ def _worked_matchings() -> Finding:
         _gap(match(_tensor(_REDUNDANT)).reward, [1, 0, 1]),
         _gap(match(_tensor(_REDUNDANT), "ot").reward, [0.25, 0.25, 0.333333]),
     ]
-    return _within(max(errors), 5e-5)
+    return within(max(errors), 5e-5)
 
 
 def _marginals() -> Finding:
     score = torch.rand(200, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     plan = sinkhorn(score.round(decimals=1))
     rows, columns = (plan.sum(2) - 1 / 6).abs(), (plan.sum(1) - 1 / 4).abs()
-    return _within(float(max(rows.max(), columns.max())), 1e-6)
+    return within(float(max(rows.max(), columns.max())), 1e-6)
 
 
 def _hard_limit() -> Finding:
     soft = match(_tensor(_LOSING), "ot", reg=1e-3).reward
-    return _within(_gap(soft, [0.25, 0.30]), 1e-6)
+    return within(_gap(soft, [0.25, 0.30]), 1e-6)
 
 
 def _permutations() -> Finding:
@@ -99,7 +94,7 @@ def _permutations() -> Finding:
             i, j = (torch.randperm(n, generator=generator) for n in score.shape)
             moved = match(score[i][:, j], method).reward
             error = max(error, float((moved - plain[i]).abs().max()))
-    return _within(error, 1e-8)
+    return within(error, 1e-8)
 
 
 def _perfect_traces() -> Finding:
@@ -119,7 +114,7 @@ def _worked_advantages() -> Finding:
     expected = [-0.097464, -0.562763, -0.429802, -0.946549, -0.483454]
     expected += [1.044013, 1.046217, 0.887297, 0.533744]
     zero, raw = _advantage(_RAGGED), _advantage(_RAGGED, singleton="raw")
-    return _within(
+    return within(
         max(_gap(zero, expected), _gap(raw, [*expected[:-1], 0.683744])),
         1e-6,
     )
@@ -127,7 +122,7 @@ def _worked_advantages() -> Finding:
 
 def _one_turn() -> Finding:
     rewards = [[1.0], [0.5], [0.0], [0.25]]
-    return _within(float((_advantage(rewards) - _advantage(rewards, "grpo")).abs().max()), 1e-12)
+    return within(float((_advantage(rewards) - _advantage(rewards, "grpo")).abs().max()), 1e-12)
 
 
 def _equal_sums() -> Finding:

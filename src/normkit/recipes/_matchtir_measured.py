@@ -25,8 +25,8 @@ from normkit.recipes._matchtir_tabular import (
     tables,
     train,
 )
-from normkit.recipes.base import Claim, Finding, Verdict
-from normkit.statistics import Interval, bootstrap_interval
+from normkit.recipes.base import Claim, Finding, verdict_of
+from normkit.statistics import bootstrap_interval
 
 SEED = 1
 """Of the claims; the recipe's default is another."""
@@ -142,13 +142,6 @@ def credits(runs: int, seed: int, within: bool = False) -> dict[str, dict[str, l
     return out
 
 
-def verdict(gain: Interval) -> Verdict:
-    """What an interval says of a gain."""
-    if gain.low > 0:
-        return "holds"
-    return "contradicted" if gain.high < 0 else "not shown"
-
-
 @cache
 def _trials() -> dict[str, Trial]:
     return {trial.name: trial for trial in compare(Plan(), SEED)}
@@ -165,7 +158,7 @@ def difference(trials: dict[str, Trial], more: str, less: str, metric: str, unit
     gain = bootstrap_interval((a - b).tolist())
     details = {f"{n} at {trials[n].rate}": trials[n].values(metric).tolist() for n in (more, less)}
     measured = f"{a.mean():.3f} against {b.mean():.3f}, difference {gain} {unit}"
-    return Finding(verdict(gain), measured, details)
+    return Finding(verdict_of(gain), measured, details)
 
 
 def gap_grows(trials: dict[str, Trial]) -> Finding:
@@ -175,7 +168,7 @@ def gap_grows(trials: dict[str, Trial]) -> Finding:
     gain = bootstrap_interval((gaps[max(gaps)] - gaps[min(gaps)]).tolist())
     means = ", ".join(f"{n} calls {gap.mean():+.3f}" for n, gap in gaps.items())
     details: dict[str, Any] = {f"{n} calls": gap.tolist() for n, gap in gaps.items()}
-    return Finding(verdict(gain), f"lead by length {means}; last minus first {gain}", details)
+    return Finding(verdict_of(gain), f"lead by length {means}; last minus first {gain}", details)
 
 
 def told_apart(found: dict[str, dict[str, list[float]]], setting: str, kind: str) -> Values:
@@ -192,9 +185,9 @@ def _credit(setting: str, kind: str, over: str | None = None) -> Finding:
         details[over] = other.tolist()
         gain = bootstrap_interval((gap - other).tolist())
         measured = f"{gap.mean():+.3f} against {other.mean():+.3f}, difference {gain}"
-        return Finding(verdict(gain), measured, details)
+        return Finding(verdict_of(gain), measured, details)
     gain = bootstrap_interval(gap.tolist())
-    return Finding(verdict(gain), f"needed minus {kind} {gain} deviations", details)
+    return Finding(verdict_of(gain), f"needed minus {kind} {gain} deviations", details)
 
 
 def _not_told_apart() -> Finding:
@@ -218,7 +211,7 @@ def _within_dialogues() -> Finding:
     measured = "; ".join(f"{name} {gains[name]}" for name in ("dual-km", "dual-ot", "outcome"))
     flat = float(np.abs(pooled["outcome"]).max()) < 1e-9
     details: dict[str, Any] = {name: x.tolist() for name, x in pooled.items()}
-    return Finding(verdict(gains["dual-km"]) if flat else "contradicted", measured, details)
+    return Finding(verdict_of(gains["dual-km"]) if flat else "contradicted", measured, details)
 
 
 def _trained(more: str, less: str, metric: str, unit: str) -> Finding:
