@@ -196,7 +196,7 @@ def test_a_served_model_is_asked_and_played(world, tmp_path, capsys):
     assert found["measures"]["EQ-Bench v2"]["n"] == 3
     assert found["measures"]["empathy EPM-Q, sampled"]["n"] == 3
     assert {body["temperature"] for body in bodies} == {0.0, 0.7}
-    sampled = {body["seed"] for body in bodies if body["temperature"] == 1.0}
+    sampled = {body["seed"] for body in bodies if body["temperature"] == 0.7}
     assert sampled == {12345, 12346}
 
 

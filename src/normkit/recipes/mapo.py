@@ -63,6 +63,7 @@ class Config:
         judge: what fills the rubric: "embedding", "llm" (local chat model) or "openai" (server).
         judge_model: the judge's model; for "llm" a name or folder, for "openai" the served name.
         judge_url: address of the OpenAI-compatible server.
+        judge_timeout: seconds that one request to it may take; a server without a GPU needs more.
         scenarios: a scenario file of your own to train on; the last third is held out.
         empa: folder of your own copy of EMPA; its official cases are held out.
         baseline: another estimator under the same budget (see normkit.rl.advantage).
@@ -96,6 +97,7 @@ class Config:
     judge: Literal["embedding", "llm", "openai"] = "embedding"
     judge_model: str = ""
     judge_url: str = ""
+    judge_timeout: float = 60.0
     scenarios: Path | None = None
     empa: Path | None = None
     baseline: str = ""
@@ -251,7 +253,10 @@ def make_environment(config: Config, folder: Path) -> EmpathyEnvironment:
     if not config.judge_url:
         raise InputError("judge_url: --judge openai needs --judge-url http://HOST:PORT")
     judge = OpenAIJudge(
-        config.judge_url, config.judge_model, cache_dir=folder.parent / "judge-cache"
+        config.judge_url,
+        config.judge_model,
+        cache_dir=folder.parent / "judge-cache",
+        timeout=config.judge_timeout,
     )
     judge.check()
     return EmpathyEnvironment(train, heldout, judge, LLMUser(judge.chat), world)
