@@ -116,7 +116,7 @@ class Config:
     lora_rank: int = 0
     kl: float = 0.0
     mini_batches: int = 1
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 1024
     recompute: bool = False
     evaluate_every: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
