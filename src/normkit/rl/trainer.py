@@ -84,7 +84,7 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     mini_batches: int = 1
     epochs: int = 1
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int = 2048
     lora_rank: int = 0
     autocast: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute: bool = False
