@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from normkit.recipes._layernorm_digits import (
     reached,
     train,
 )
+from normkit.recipes._trials import run_missing
 from normkit.recipes.base import System
 from normkit.report.page import write_report
 from normkit.report.plots import figure
@@ -52,22 +54,19 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     logger = RunLogger(folder)
     if not (folder / "config.json").exists():
         logger.config(config)
-    trials = [Trial(**row) for row in read_table(folder, "trials")]
-    done = {(t.net, t.rate, t.seed) for t in trials}
-    missing = [training for training in config.trainings() if training not in done]
-    for i, training in enumerate(missing):
-        trial = train(config, *training)
-        logger.append("trials", [asdict(trial)])
-        trials.append(trial)
-        left = (time.perf_counter() - started) / (i + 1) * (len(missing) - i - 1)
-        console.print(
-            f"{len(trials)}/{len(config.trainings())}  {trial.net:7} rate {trial.rate:g} "
-            f"seed {trial.seed}: loss {config.loss:g} after {trial.reached} steps, accuracy "
-            f"{trial.accuracy:.3f}, {trial.chain_accuracy[-1]:.3f} after {config.chain} digits "
-            f"without a reset  {left:.0f} s left",
-            highlight=False,
-            soft_wrap=True,
-        )
+    trials = run_missing(
+        [Trial(**row) for row in read_table(folder, "trials")],
+        config.trainings(),
+        partial(train, config),
+        lambda t: (t.net, t.rate, t.seed),
+        lambda t: (
+            f"{t.net:7} rate {t.rate:g} seed {t.seed}: loss {config.loss:g} after {t.reached} "
+            f"steps, accuracy {t.accuracy:.3f}, {t.chain_accuracy[-1]:.3f} after {config.chain} "
+            "digits without a reset"
+        ),
+        logger,
+        console,
+    )
     found = Comparison(trials)
     _log_curves(logger, folder, found)
     plot(found, config, folder)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -42,6 +41,7 @@ from normkit.recipes._peri_ln_training import (
     train,
     unevenness,
 )
+from normkit.recipes._trials import run_missing
 from normkit.recipes.base import System
 from normkit.report.page import write_report
 from normkit.report.plots import figure
@@ -66,21 +66,18 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     logger = RunLogger(folder)
     if not (folder / "config.json").exists():
         logger.config(config)
-    trials = [Trial.read(row) for row in read_table(folder, "trials")]
-    done = {t.name for t in trials}
-    missing = [training for training in config.trainings() if training not in done]
-    for i, training in enumerate(missing):
-        trial = train(config, *training)
-        logger.append("trials", [asdict(trial)])
-        trials.append(trial)
-        left = (time.perf_counter() - started) / (i + 1) * (len(missing) - i - 1)
-        console.print(
-            f"{len(trials)}/{len(config.trainings())}  {trial.placement:8} rate {trial.rate:g} "
-            f"seed {trial.seed}: held-out loss {trial.held_out:.3f}, variance after the last block "
-            f"{trial.variance[0][-1]:.3g} -> {trial.variance[-1][-1]:.3g}  {left:.0f} s left",
-            highlight=False,
-            soft_wrap=True,
-        )
+    trials = run_missing(
+        [Trial.read(row) for row in read_table(folder, "trials")],
+        config.trainings(),
+        partial(train, config),
+        lambda t: t.name,
+        lambda t: (
+            f"{t.placement:8} rate {t.rate:g} seed {t.seed}: held-out loss {t.held_out:.3f}, "
+            f"variance after the last block {t.variance[0][-1]:.3g} -> {t.variance[-1][-1]:.3g}"
+        ),
+        logger,
+        console,
+    )
     found = Comparison(trials)
     _log_losses(logger, folder, found)
     plot(found, config, folder)
