@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 
 from normkit.recipes._lm import COLORS, Training, Trial, best, trials
-from normkit.recipes.base import Finding, Verdict, verdict_of
-from normkit.report.page import write_report
+from normkit.recipes.base import Finding, Verdict, finish, verdict_of
 from normkit.report.plots import figure
 from normkit.runs import RunLogger, read_table
 from normkit.statistics import bootstrap_interval
@@ -146,13 +145,7 @@ def run_comparison(
         "claims": {name: asdict(f) for name, f in claims.items()},
         "seconds": time.perf_counter() - started,
     }
-    logger.results(results)
-    logger.close()
-    page = write_report(folder)
-    for line in results["summary"]:
-        console.print(line, highlight=False)
-    console.print(f"report: {page}")
-    return results
+    return finish(logger, results, console)
 
 
 def draw(config: Training, found: Sequence[Trial], norms: Sequence[str], plots: Path) -> None:

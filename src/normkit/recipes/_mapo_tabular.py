@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from normkit.recipes._mapo_comparison import NAMES, Facts, Plan, Trial, compare
-from normkit.report.page import write_report
+from normkit.recipes.base import finish
 from normkit.report.plots import figure
 from normkit.runs import RunLogger
 from normkit.statistics import Interval, bootstrap_interval
@@ -63,12 +63,7 @@ def run_tabular(config: Config, folder: Path, plan: Plan | None = None) -> Mappi
     plot_learning(trials, plan, plots / "1_return_by_update.png")
     plot_final(trials, plan, plots / "2_final_return.png")
     plot_truth(trials, plan, plots / "3_estimated_against_exact.png")
-    logger.results(results)
-    logger.close()
-    for line in results["summary"]:
-        console.print(line, highlight=False)
-    console.print(f"report: {write_report(folder)}")
-    return results
+    return finish(logger, results, console)
 
 
 def summarize(

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+
+from normkit.report.page import write_report
+from normkit.runs import RunLogger
 from normkit.statistics import Interval
 
 Kind = Literal["exact", "structural", "measured"]
@@ -100,3 +104,23 @@ class System:
     run: Callable[[Any, Path], Mapping[str, Any]]
     claims: Sequence[Claim]
     aliases: Sequence[str] = ()
+
+
+def finish(logger: RunLogger, results: Mapping[str, Any], console: Console) -> Mapping[str, Any]:
+    """End a run: keep its results, write its page, and print the summary and where the page is.
+
+    Args:
+        logger: of the run; it is closed.
+        results: what is kept as ``results.json``; ``summary`` holds the lines to print.
+        console: where they go.
+
+    Returns:
+        The results.
+    """
+    logger.results(results)
+    logger.close()
+    page = write_report(logger.folder)
+    for line in results["summary"]:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"report: {page}")
+    return results

@@ -34,8 +34,7 @@ from normkit.files import standing_folder, write_json
 from normkit.recipes._mapo_claims import CLAIMS
 from normkit.recipes._mapo_language import MEASURED_LANGUAGE
 from normkit.recipes._mapo_measured import MEASURED
-from normkit.recipes.base import System
-from normkit.report.page import write_report
+from normkit.recipes.base import System, finish
 from normkit.report.plots import before_after, training_curves
 from normkit.rl.advantage import get_estimator
 from normkit.rl.dialogue import Dialogue
@@ -218,13 +217,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     if logger is None:
         return {}
     results = summarize(config, folder, time.perf_counter() - started)
-    logger.results(results)
-    logger.close()
-    page = write_report(folder)
-    for line in results["summary"]:
-        console.print(line)
-    console.print(f"report: {page}")
-    return results
+    return finish(logger, results, console)
 
 
 def make_environment(config: Config, folder: Path) -> EmpathyEnvironment:
@@ -300,7 +293,7 @@ def summarize(config: Config, folder: Path, seconds: float) -> dict[str, Any]:
                 "high": gain.high,
                 "n": gain.n,
             }
-    training_curves(steps, folder / "plots" / "1_training.png")
+    training_curves(steps, folder / "plots" / "1_training.png", "score (EPM-Q)")
     scores = [[d["scores"]["score"] or 0.0 for d in side["sampled"]] for side in (before, after)]
     before_after(scores[0], scores[1], folder / "plots" / "2_held-out.png", "score (EPM-Q)")
     logger = RunLogger(folder, tensorboard=False)

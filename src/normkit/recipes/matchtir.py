@@ -42,8 +42,7 @@ from normkit.recipes._matchtir_measured import (
     told_apart,
 )
 from normkit.recipes._matchtir_tabular import KINDS, SETTINGS
-from normkit.recipes.base import System
-from normkit.report.page import write_report
+from normkit.recipes.base import System, finish
 from normkit.report.plots import figure
 from normkit.runs import RunLogger
 from normkit.statistics import bootstrap_interval
@@ -144,12 +143,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     plot_learning(trials, folder / "plots" / "1_learning.png")
     plot_final(trials, folder / "plots" / "2_trained.png")
     plot_credit(credited, folder / "plots" / "3_credit.png")
-    logger.results(results)
-    logger.close()
-    for line in results["summary"]:
-        console.print(line, highlight=False)
-    console.print(f"report: {write_report(folder)}")
-    return results
+    return finish(logger, results, console)
 
 
 def summarize(

@@ -42,8 +42,7 @@ from normkit.recipes._peri_ln_training import (
     unevenness,
 )
 from normkit.recipes._trials import run_missing
-from normkit.recipes.base import System
-from normkit.report.page import write_report
+from normkit.recipes.base import System, finish
 from normkit.report.plots import figure
 from normkit.runs import RunLogger, read_table
 
@@ -82,13 +81,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     _log_losses(logger, folder, found)
     plot(found, config, folder)
     results = summarize(found, config, time.perf_counter() - started)
-    logger.results(results)
-    logger.close()
-    page = write_report(folder)
-    for line in results["summary"]:
-        console.print(line)
-    console.print(f"report: {page}")
-    return results
+    return finish(logger, results, console)
 
 
 def summarize(found: Comparison, config: Config, seconds: float) -> dict[str, Any]:

@@ -33,8 +33,7 @@ from normkit.errors import InputError
 from normkit.nn import CRMSNorm, RMSNorm
 from normkit.recipes import _pre_rmsnorm_latency as timing
 from normkit.recipes import _pre_rmsnorm_models as models
-from normkit.recipes.base import Claim, Finding, System, within
-from normkit.report.page import write_report
+from normkit.recipes.base import Claim, Finding, System, finish, within
 from normkit.runs import RunLogger
 from normkit.statistics import bootstrap_interval
 from normkit.surgery import recenter, stream_means
@@ -121,17 +120,10 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
         for what, these, make in timed:
             with console.status(f"timing {what}"):
                 timings[what] = timing.latency(these, make, inputs, config.repeats)
-            console.print(_line(what, timings[what]), highlight=False, soft_wrap=True)
         torch._dynamo.reset()
     timing.draw(timings, means, folder / "plots" / "1_latency-and-means.png")
     results = summarize(config, exactness, means, timings, time.perf_counter() - started)
-    logger.results(results)
-    logger.close()
-    page = write_report(folder)
-    for line in results["summary"][: 1 + len(jobs)]:  # those of the timings are printed already
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"report: {page}")
-    return results
+    return finish(logger, results, console)
 
 
 def convert(original: Any) -> dict[str, Any]:

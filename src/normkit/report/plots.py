@@ -33,25 +33,28 @@ def figure(path: str | Path, columns: int = 1, width: float = 6.0) -> Iterator[S
         pyplot.close(fig)
 
 
-def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def training_curves(
+    rows: Sequence[Mapping[str, Any]], path: str | Path, label: str = "score"
+) -> None:
     """Score, reward by turn, and the health of the updates, by step.
 
     Args:
         rows: the lines of ``metrics.jsonl``.
         path: the PNG to write.
+        label: name of the score.
     """
     rows = [row for row in rows if "reward" in row]
     steps = [row["step"] for row in rows]
     with figure(path, columns=3, width=4.6) as (score, turns, health):
         score.plot(steps, [row.get("score") for row in rows], color="tab:blue")
-        score.set(title="training dialogues", xlabel="step", ylabel="score (EPM-Q)")
+        score.set(title="training dialogues", xlabel="step", ylabel=label)
         length = max((len(row["reward_by_turn"]) for row in rows), default=0)
         for t in range(length):
             values = [
                 row["reward_by_turn"][t] if t < len(row["reward_by_turn"]) else None for row in rows
             ]
             turns.plot(steps, values, label=f"turn {t + 1}", alpha=0.85)
-        turns.set(title="reward by turn", xlabel="step", ylabel="distance closed (points)")
+        turns.set(title="reward by turn", xlabel="step", ylabel="reward")
         if length:
             turns.legend(fontsize=8)
         health.plot(steps, [row.get("grad_norm") for row in rows], label="gradient norm")
