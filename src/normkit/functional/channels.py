@@ -2,6 +2,11 @@
 
 Shapes: ``x`` has any dimensions, one of which, ``dim``, is the channels C; vectors are ``[C]``.
 Half input is accumulated in float32 and rounded once.
+
+In eager mode on the CPU the kernels of torch's BatchNorm do the work, which read each tensor once:
+with statistics held at zero and one its derivative by gain and shift is ``sum(a b)`` and
+``sum(a)``, and its evaluation is ``x * scale + shift``. Under torch.compile and torch.export the
+formula itself is traced, for the compiler to fuse.
 """
 
 from __future__ import annotations
@@ -68,11 +73,11 @@ def mean_square(x: Tensor, dim: int, mask: Tensor | None, sync: bool) -> tuple[T
         Mean square ``[C]``, zero where nothing counts, and count ``[C]``, in the dtype of the
         statistics.
     """
-    others = _others(x, dim)
-    total = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(others)
+    total, _ = channel_products(x, x, dim)
     if mask is None:
         count = torch.full_like(total, x.numel() // x.shape[dim])
     else:  # summed before it is spread: it is usually far smaller than x
+        others = _others(x, dim)
         repeats = prod([x.shape[d] for d in others if mask.shape[d] == 1])
         count = (mask.sum(others) * repeats).to(total.dtype).expand_as(total)
     if sync and dist.is_initialized():
@@ -82,17 +87,55 @@ def mean_square(x: Tensor, dim: int, mask: Tensor | None, sync: bool) -> tuple[T
     return total / count.clamp(min=1), count
 
 
+def channel_products(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Sums of ``a * b`` and of ``a`` over all dimensions but ``dim``, both ``[C]``.
+
+    Args:
+        a: any shape, C channels in dimension ``dim``.
+        b: shaped like ``a``.
+        dim: dimension of the channels.
+
+    Returns:
+        Both in float32 for half ``b``, else in the dtype of ``b``.
+    """
+    dtype = _statistics(b)
+    if a.dtype != b.dtype or not _has_kernel(b):
+        others = _others(b, dim)
+        return (a.to(dtype) * b).sum(others), a.sum(others, dtype=dtype)
+    zero, one = b.new_zeros(b.shape[dim], dtype=dtype), b.new_ones(b.shape[dim], dtype=dtype)
+    rows = _channels_are_last(b, dim)
+    _, product, total = torch.ops.aten.native_batch_norm_backward(
+        _flat(a, dim, rows),
+        _flat(b, dim, rows),
+        one,
+        zero,
+        one,
+        None,
+        None,
+        False,  # by the statistics given
+        0.0,
+        [False, True, True],
+    )
+    return product, total
+
+
 def scale_channels(x: Tensor, scale: Tensor, shift: Tensor | None, dim: int) -> Tensor:
     """``x * scale + shift`` per channel, shaped and typed like ``x``."""
+    dtype = _statistics(x)
+    if x.dtype != dtype and _has_kernel(x):
+        # One pass in half precision; torch's other operations convert value by value.
+        scale = scale.to(dtype)
+        shift = None if shift is None else shift.to(dtype)
+        rows = _channels_are_last(x, dim)
+        flat, one = _flat(x, dim, rows), torch.ones_like(scale)
+        out = torch.native_batch_norm(
+            flat, scale, shift, torch.zeros_like(one), one, False, 0.0, 0.0
+        )[0]
+        return out.view(x.movedim(dim, -1).shape).movedim(-1, dim) if rows else out.view(x.shape)
     scale = along(scale, x, dim)
     if shift is None:
         return (x * scale).to(x.dtype)
     return torch.addcmul(along(shift, x, dim), x, scale).to(x.dtype)
-
-
-def channel_sums(values: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Sum over all dimensions but ``dim``: ``[C]``."""
-    return values.sum(_others(values, dim), dtype=dtype)
 
 
 def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
@@ -102,5 +145,26 @@ def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
     return vector.reshape(shape)
 
 
+def _statistics(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _others(x: Tensor, dim: int) -> tuple[int, ...]:
     return tuple(d for d in range(x.dim()) if d != dim % x.dim())
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _channels_are_last(x: Tensor, dim: int) -> bool:
+    """Whether memory has the channels of a position side by side."""
+    return x.movedim(dim, -1).is_contiguous()
+
+
+def _flat(x: Tensor, dim: int, rows: bool) -> Tensor:
+    """Rows of channels ``[N, C]``, or what comes before, the channels, and after: ``[N, C, L]``."""
+    if rows:
+        return x.movedim(dim, -1).reshape(-1, x.shape[dim]).contiguous()
+    dim %= x.dim()
+    return x.reshape(prod(x.shape[:dim]), x.shape[dim], -1).contiguous()

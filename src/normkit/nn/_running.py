@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from normkit.errors import InputError
 from normkit.functional.channels import (
     along,
-    channel_sums,
     check_channels,
     mean_square,
     scale_channels,
@@ -168,7 +167,7 @@ def mean_product(total: Tensor, count: Tensor, sync: bool) -> Tensor:
 def derivatives(
     grad: Tensor,
     x: Tensor,
-    product: Tensor,
+    sums: tuple[Tensor, Tensor],
     gain: Tensor,
     seen: Tensor,
     along_x: Tensor,
@@ -180,20 +179,17 @@ def derivatives(
     Args:
         grad: derivative by the output.
         x: the input.
-        product: ``sum(grad * x)`` per channel ``[C]``.
+        sums: ``sum(grad * x)`` and ``sum(grad)`` per channel ``[C]``.
         gain: factor of ``grad`` in the derivative by ``x``.
-        seen: factor of ``product`` in the derivative by the weight.
+        seen: factor of the first of them in the derivative by the weight.
         along_x: what is subtracted, in units of ``x``.
         dim: dimension of the channels.
         dtypes: of weight and bias; None where there is none.
     """
-    dx = (grad * along(gain, x, dim)).addcmul_(x, along(along_x, x, dim), value=-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = grad.to(wide) * along(gain, x, dim)
+    dx.addcmul_(x.to(wide), along(along_x, x, dim), value=-1)
     weight, bias = dtypes
-    dw = None if weight is None else (seen * product).to(weight)
-    db = None if bias is None else channel_sums(grad, dim, product.dtype).to(bias)
+    dw = None if weight is None else (seen * sums[0]).to(weight)
+    db = None if bias is None else sums[1].to(bias)
     return dx.to(x.dtype), dw, db
-
-
-def sum_product(grad: Tensor, x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """``sum(grad * x)`` per channel ``[C]``."""
-    return channel_sums(grad.to(dtype) * x, dim, dtype)

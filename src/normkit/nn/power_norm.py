@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from normkit.errors import InputError
+from normkit.functional.channels import channel_products
 from normkit.functional.norms import rms_norm
-from normkit.nn._running import RunningNorm, derivatives, divide, mean_product, sum_product
+from normkit.nn._running import RunningNorm, derivatives, divide, mean_product
 
 
 class PowerNorm(RunningNorm):
@@ -93,7 +94,8 @@ class PowerNorm(RunningNorm):
     def normalize(self, x: Tensor, square: Tensor, count: Tensor) -> Tensor:
         """Normalize a batch and move the running mean square."""
         moved = (self.running_var, self.num_batches_tracked)
-        rstd = _observe(square, count, *moved, self.eps, self.momentum, self.warmup)
+        observe = _observe_opaquely if torch.compiler.is_compiling() else _observe
+        rstd = observe(square, count, *moved, self.eps, self.momentum, self.warmup)
         options = (self.channel_dim, self.momentum, self.sync)
         return _PowerNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
             x, self.weight, self.bias, rstd, square, count, self.running_grad, *options
@@ -141,9 +143,6 @@ def from_official(state: Mapping[str, Tensor], momentum: float = 0.1) -> dict[st
     return renamed
 
 
-# Opaque to the compiler, which would compute what the derivative needs anew from buffers that have
-# moved since.
-@torch.library.custom_op("normkit::power_norm_observe", mutates_args=("running_var", "steps"))
 def _observe(
     square: Tensor,
     count: Tensor,
@@ -164,7 +163,13 @@ def _observe(
     return (var + eps).rsqrt()
 
 
-@_observe.register_fake
+# The compiler would compute what the derivative needs anew from buffers that have moved since.
+_observe_opaquely = torch.library.custom_op(
+    "normkit::power_norm_observe", _observe, mutates_args=("running_var", "steps")
+)
+
+
+@_observe_opaquely.register_fake
 def _(square: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(square)
 
@@ -198,11 +203,11 @@ class _PowerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, rstd, square, count = ctx.saved_tensors
         gain = rstd if weight is None else rstd * weight
-        total = sum_product(grad, x, ctx.dim, rstd.dtype)
-        product = mean_product(gain * total, count, ctx.sync)
+        sums = channel_products(grad, x, ctx.dim)
+        product = mean_product(gain * sums[0], count, ctx.sync)
         power = rstd.square()
         nu = ctx.nu.to(rstd.dtype, copy=True)
         moved = nu * (1 - ctx.momentum * square * power) + ctx.momentum * product
         ctx.nu.copy_(torch.where(count > 0, moved, nu))
-        found = derivatives(grad, x, total, gain, rstd, nu * power, ctx.dim, ctx.dtypes)
+        found = derivatives(grad, x, sums, gain, rstd, nu * power, ctx.dim, ctx.dtypes)
         return *found, *(None,) * 7

@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from normkit.errors import InputError
-from normkit.nn._running import RunningNorm, derivatives, divide, mean_product, sum_product
+from normkit.functional.channels import channel_products
+from normkit.nn._running import RunningNorm, derivatives, divide, mean_product
 
 RATIO_AFTER = 1000
 """Iterations before the derivative is corrected for ``var`` being off its running value."""
@@ -113,7 +114,8 @@ class UnifiedNorm(RunningNorm):
 
     def normalize(self, x: Tensor, square: Tensor, count: Tensor) -> Tensor:
         """Normalize a batch and enter its statistics in the windows."""
-        rstd, ratio, phase = _observe(
+        observe = _observe_opaquely if torch.compiler.is_compiling() else _observe
+        rstd, ratio, phase = observe(
             square,
             count,
             self.running_var,
@@ -154,12 +156,6 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-# Opaque to the compiler, which would compute what the derivative needs anew from buffers that have
-# moved since.
-@torch.library.custom_op(
-    "normkit::unified_norm_observe",
-    mutates_args=("running_var", "window", "steps", "filtered"),
-)
 def _observe(
     square: Tensor,
     count: Tensor,
@@ -205,7 +201,15 @@ def _observe(
     return (var + eps).rsqrt(), ratio, phase
 
 
-@_observe.register_fake
+# The compiler would compute what the derivative needs anew from buffers that have moved since.
+_observe_opaquely = torch.library.custom_op(
+    "normkit::unified_norm_observe",
+    _observe,
+    mutates_args=("running_var", "window", "steps", "filtered"),
+)
+
+
+@_observe_opaquely.register_fake
 def _(square: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     phase = square.new_empty(4, dtype=torch.int64)
     return torch.empty_like(square), torch.empty_like(square), phase
@@ -262,9 +266,9 @@ class _UnifiedNorm(torch.autograd.Function):
         x, weight, rstd, ratio, count, phase = ctx.saved_tensors
         seen = rstd * ratio
         gain = seen if weight is None else seen * weight
-        total = sum_product(grad, x, ctx.dim, rstd.dtype)
-        product = mean_product(gain * total, count, ctx.sync)
+        sums = channel_products(grad, x, ctx.dim)
+        product = mean_product(gain * sums[0], count, ctx.sync)
         running_grad, window = ctx.state
         c = _reflect(product, phase, running_grad, window, ctx.momentum)
-        found = derivatives(grad, x, total, gain, seen, c * rstd.square(), ctx.dim, ctx.dtypes)
+        found = derivatives(grad, x, sums, gain, seen, c * rstd.square(), ctx.dim, ctx.dtypes)
         return *found, *(None,) * 9
