@@ -20,9 +20,11 @@ from normkit.rl.advantage import (
     to_tokens,
 )
 from tests.reference import mapo as oracle
+from tests.reference import mars as mars_oracle
 from tests.rl.rows import flat, ragged
 
 NAN, INF = float("nan"), float("inf")
+ORACLES = {**oracle.ESTIMATORS, "mars": mars_oracle.mars}
 CARD = [[1.0, 0, 2], [3, -1, 1]]
 RAGGED = [[1.0, 0, 2], [3, -1], [0, 2, 1]]
 OPTIONS = {
@@ -77,7 +79,7 @@ def test_the_halves_of_the_card():
 
 
 def test_every_estimator_has_an_oracle():
-    assert set(oracle.ESTIMATORS) == set(ESTIMATORS)
+    assert set(ORACLES) == set(ESTIMATORS)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -91,12 +93,16 @@ def test_estimators_are_their_oracles(name, data):
     }
     given_, count = dict(options), sum(len(row) for row in rewards)
     numbers = {"value": st.integers(-3, 3), "anchor": st.integers(0, 3)}
+    if data.draw(st.booleans(), "whitens"):
+        numbers["tokens"] = st.integers(1, 5)
     for column in numbers.keys() & set(known):
         drawn = data.draw(st.lists(numbers[column], min_size=count, max_size=count), column)
         options[column] = drawn
-        given_[column] = torch.tensor(drawn, dtype=None if column == "anchor" else torch.float64)
+        given_[column] = torch.tensor(
+            drawn, dtype=torch.float64 if column == "value" else torch.int64
+        )
     got = run(name, rewards, groups, **given_)
-    expected = oracle.ESTIMATORS[name](rewards, groups, **options)
+    expected = ORACLES[name](rewards, groups, **options)
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-6)
 
 
@@ -310,6 +316,128 @@ def test_an_agent_is_credited_by_its_own_rewards():
     assert got[turn % 2 == 0].tolist() == pytest.approx(np.array([1, 1, -1, -1]) / np.sqrt(2))
 
 
+# ---------------------------------------------------------------------- MARS
+
+GAME = [
+    [0.1, 0, 1],
+    [0, -1],
+    [0, 0, -1],
+    [0.1, 1],
+]  # the card's four trajectories, seats 0, 1, 0, 1
+RETURNS = [1.1, 1, 1, -1, -1, -1, -1, -1, 1.1, 1]
+
+
+def seats(rewards, of=(0, 1, 0, 1)):
+    """Seat of each turn, from the seat of each trajectory."""
+    return torch.tensor([of[i] for i, row in enumerate(rewards) for _ in row])
+
+
+@pytest.mark.parametrize("name", ["mars", "marshal"])
+def test_the_seats_of_the_card(name):
+    got = run(name, GAME, agent=seats(GAME)).tolist()
+    expected = [1.083333, 0.983333, 0.983333, -1.025, -1.025]
+    assert got == pytest.approx([*expected, *[-1.016667] * 3, 1.075, 0.975], abs=1e-6)
+    got = run(name, GAME, agent=seats(GAME), scale=True).tolist()
+    expected = [0.972208, 0.882466, 0.882466, -0.86551, -0.86551]
+    assert got == pytest.approx([*expected, *[-0.91238] * 3, 0.90773, 0.82329], abs=1e-5)
+
+
+def test_seats_pooled_by_leaving_the_agent_out():
+    got = run("mars", GAME).tolist()
+    assert got == pytest.approx([r - 0.02 for r in RETURNS], abs=1e-12)
+
+
+def test_the_seat_may_as_well_be_part_of_the_group():
+    whole = run("mars", GAME, agent=seats(GAME))
+    torch.testing.assert_close(run("mars", GAME, [0, 1, 0, 1]), whole, atol=1e-12, rtol=0)
+
+
+def test_a_seat_is_pooled_over_games_by_the_batch():
+    got = run("mars", GAME, [0, 0, 1, 1], agent=seats(GAME), batch_scope="batch")
+    torch.testing.assert_close(got, run("mars", GAME, agent=seats(GAME)), atol=1e-12, rtol=0)
+
+
+def test_one_turn_is_grpo_without_and_with_the_deviation():
+    rewards, groups = [[1.0], [2], [5], [0], [3]], [0, 0, 0, 1, 1]
+    for scale in (False, True):
+        got = run("mars", rewards, groups, scale=scale)
+        torch.testing.assert_close(got, run("grpo", rewards, groups, scale=scale))
+
+
+def test_a_gift_at_the_end_changes_nothing_and_one_at_every_turn_does():
+    """Sum first: what every trajectory of a seat gets once is in every return of it."""
+    plain = run("mars", GAME, agent=seats(GAME))
+    last = [[*row[:-1], row[-1] + 7 * (i % 2)] for i, row in enumerate(GAME)]
+    torch.testing.assert_close(run("mars", last, agent=seats(GAME)), plain, atol=1e-12, rtol=0)
+    drift = run("mars", [[r + 7 for r in row] for row in GAME], agent=seats(GAME)) - plain
+    assert drift[:3].tolist() == pytest.approx([7, 0, -7], abs=1e-12)
+
+
+def test_seats_of_equal_returns_may_be_pooled():
+    rewards = [[0.0, 1], [0, 1], [0, -1], [0, -1]]
+    got = run("mars", rewards, agent=seats(rewards))
+    torch.testing.assert_close(got, run("mars", rewards), atol=1e-12, rtol=0)
+
+
+def test_where_one_seat_mostly_wins_only_its_upsets_count_for_much():
+    rewards = [[1.0], [-1]] * 9 + [[-1.0], [1]]
+    pooled = run("mars", rewards)
+    assert pooled.tolist() == [1, -1] * 9 + [-1, 1]
+    got = run("mars", rewards, agent=torch.arange(20) % 2)
+    assert got.tolist() == pytest.approx([0.2, -0.2] * 9 + [-1.8, 1.8])
+
+
+@settings(deadline=None, max_examples=40)
+@given(ragged(), st.integers(2, 4), st.floats(0.1, 100))
+def test_the_games_and_seats_of_mars(data, players, chips):
+    """Any number of seats: means are 0, labels are names, games know nothing of each other."""
+    reward, dialogue, turn, group = flat(*data)
+    agent = dialogue % players
+    got = estimate("mars", reward, dialogue, turn, group, agent=agent)
+    for pair in set(zip(group.tolist(), agent.tolist(), strict=True)):
+        assert abs(got[(group == pair[0]) & (agent == pair[1])].mean()) < 1e-9
+    swapped = estimate("mars", reward, dialogue, turn, group, agent=players - 1 - agent)
+    torch.testing.assert_close(swapped, got)
+    first = group == group[0]
+    scaled = torch.where(first, chips * reward, reward)
+    other = estimate("mars", scaled, dialogue, turn, group, agent=agent)
+    torch.testing.assert_close(other[~first], got[~first], atol=1e-12, rtol=0)
+    torch.testing.assert_close(other[first], chips * got[first], atol=1e-9, rtol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(-2, 2)), min_size=1, max_size=8))
+def test_a_reward_at_the_end_credits_all_turns_alike(games):
+    rewards = [[0.0] * (n - 1) + [float(r)] for n, r in games]
+    got, dialogue = run("mars", rewards), flat(rewards)[1]
+    for i in range(len(games)):
+        own = got[dialogue == i]
+        assert (own - own[0]).abs().max() < 1e-12
+
+
+def test_centered_first_and_summed_afterwards_is_not_mars():
+    """The card's drift: a mean for every turn that is left."""
+    expected = [1.05, 0.966667, 0.983333, -1.05, -1.025]
+    expected += [-1.05, -1.033333, -1.016667, 1.05, 0.975]
+    got = mars_oracle.normalize_then_sum(GAME, [0, 1, 0, 1])
+    assert got == pytest.approx(expected, abs=1e-6)
+    mars = run("mars", GAME, agent=seats(GAME))
+    drift = np.array(got) - mars.numpy()
+    assert drift[:3].tolist() == pytest.approx([-2 / 60, -1 / 60, 0], abs=1e-12)
+
+
+def test_whitening_gives_each_turn_the_weight_of_its_tokens():
+    tokens = torch.tensor([3, 1, 2, 5, 5, 1, 1, 1, 4, 2])
+    got = run("mars", GAME, [0, 1, 0, 1], tokens=tokens)  # seats in the group: one batch
+    spread_out = got.repeat_interleave(tokens)
+    assert abs(spread_out.mean()) < 1e-12
+    assert spread_out.var() == pytest.approx(1, abs=1e-6)
+    by_agent = run("mars", GAME, agent=seats(GAME), tokens=tokens)
+    for seat in (0, 1):
+        own = seats(GAME) == seat
+        assert by_agent[own].repeat_interleave(tokens[own]).var() == pytest.approx(1, abs=1e-6)
+
+
 # ---------------------------------------------------------------------- tokens, diagnosis, errors
 
 
@@ -358,6 +486,8 @@ def test_diagnosis_of_a_batch_that_says_nothing():
         ({"name": "ppo", "value": torch.ones(3)}, "value must have the same shape"),
         ({"name": "ppo", "value": torch.tensor([0, NAN])}, "value must be finite"),
         ({"name": "gigpo", "anchor": torch.ones(2)}, "anchor must be int64"),
+        ({"name": "mars", "tokens": torch.ones(2)}, "tokens must be int64"),
+        ({"name": "mars", "batch_scope": "seat"}, "batch_scope must be group or batch"),
         ({"no_such_option": 1}, "mapo has no option 'no_such_option'; it has gamma"),
         ({"name": "rloo", "gamma": 1}, "rloo has no option 'gamma'; it has none"),
         ({"batch_scope": "world"}, "batch_scope must be group or batch"),
