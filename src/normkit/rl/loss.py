@@ -1,12 +1,23 @@
 """Clipped policy losses over flat tokens, with ratios per token, turn or sequence.
 
+Stabilizing Off-Policy Training for Long-Horizon LLM Agent via Turn-Level Importance Sampling and
+Clipping-Triggered Normalization (Li et al., 2025; first named ST-PPO), arXiv 2511.20718::
+
+    w_k = exp(mean over the unit's tokens of (log pi - log pi_old))
+    J   = sum_k weight_k min(w_k A_k, clip(w_k) A_k)
+    C   = sum over clipped k of weight_k grad(w_k A_k)          grad J = grad J_unclipped - C
+
+A token is clipped where its term has no gradient: A > 0 and w above the range, A < 0 and w below
+it, or A < 0 and w above the dual clip. :func:`complementary_loss` has -C as its gradient;
+:class:`normkit.optim.ClippingBias` divides by its size.
+
 Shapes: M sampled tokens; each belongs to a turn (row of the turn table) and to a dialogue.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +41,8 @@ class PolicyLossConfig:
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: and above at ``1 + clip_high``.
         dual_clip: bound of the ratio for negative advantages; 0 switches it off.
+        sampling_cap: cap of :func:`sampling_weight`, which corrects for an engine that samples with
+            other numbers than the trainer's; 0 switches it off.
         aggregate: what weighs the same in the mean: every token, every turn or every dialogue.
         kl: estimator of the divergence from the reference.
         kl_weight: weight of the divergence in the loss; 0 switches it off.
@@ -40,6 +53,7 @@ class PolicyLossConfig:
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float = 10.0
+    sampling_cap: float = 0.0
     aggregate: Level = "token"
     kl: KL = "k3"
     kl_weight: float = 0.0
@@ -54,6 +68,8 @@ class PolicyLossConfig:
             raise InputError("clip_low must be in [0, 1) and clip_high at least 0")
         if self.dual_clip != 0 and self.dual_clip <= 1:
             raise InputError(f"dual_clip must be 0 or above 1, got {self.dual_clip}")
+        if self.sampling_cap < 0:
+            raise InputError(f"sampling_cap must be at least 0, got {self.sampling_cap}")
 
 
 def kl_estimate(logprob: Tensor, reference: Tensor, kind: KL = "k3") -> Tensor:
@@ -135,28 +151,21 @@ def policy_loss(
         entropy: entropy of each token's distribution ``[M]``, for the bonus.
 
     Returns:
-        The loss, and detached sums over the call's tokens with ``weight``: "clip_fraction",
-        "ratio", "kl_old", "kl" and "entropy" where given.
+        The loss, and detached numbers. Sums over the call's tokens with ``weight``:
+        "clip_fraction" of clipped tokens, "clip_fraction_turn" of tokens in turns with a clipped
+        one, "ratio", "kl_old", and "kl" and "entropy" where given. The largest of the call:
+        "ratio_max".
     """
-    log_ratio = logprob - old_logprob
-    if config.ratio != "token":
-        unit = turn if config.ratio == "turn" else dialogue
-        size = int(unit.max()) + 1 if unit.numel() else 0
-        log_ratio = segment_moments(log_ratio, unit, size).center[unit]
-    # Without bounds a policy that moved too far has ratio infinity, and 0 * inf is NaN.
-    ratio = log_ratio.clamp(-_LARGEST, _LARGEST).exp()
-    plain = ratio * advantage
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
-    surrogate = torch.minimum(plain, clipped)
-    if config.dual_clip:
-        bound = torch.maximum(surrogate, config.dual_clip * advantage)
-        surrogate = torch.where(advantage < 0, bound, surrogate)
-    loss = -(weight * surrogate).sum()
+    ratio, _, value, clipped = _surrogate(logprob, old_logprob, advantage, turn, dialogue, config)
+    loss = -(weight * value).sum()
     with torch.no_grad():
-        bites = (surrogate != plain).to(weight.dtype)
+        size = int(turn.max()) + 1 if turn.numel() else 0
+        beside = clipped.new_zeros(size).index_fill(0, turn[clipped], True)[turn]
         metrics = {
-            "clip_fraction": (weight * bites).sum(),
+            "clip_fraction": (weight * clipped).sum(),
+            "clip_fraction_turn": (weight * beside).sum(),
             "ratio": (weight * ratio).sum(),
+            "ratio_max": ratio.amax() if ratio.numel() else ratio.sum(),
             "kl_old": (weight * kl_estimate(logprob, old_logprob, "k3")).sum(),
         }
     if reference is not None:
@@ -169,6 +178,97 @@ def policy_loss(
         metrics["entropy"] = total.detach()
         loss = loss - config.entropy_weight * total
     return loss, metrics
+
+
+def complementary_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    turn: Tensor,
+    dialogue: Tensor,
+    weight: Tensor,
+    config: PolicyLossConfig,
+) -> Tensor | None:
+    r"""What clipping takes out of the surrogate: ``-sum_{k clipped} weight_k w_k A_k``.
+
+    With it :func:`policy_loss` has the gradient that it would have without clipping; its own
+    gradient is minus the clipping bias of ST-PPO (arXiv 2511.20718, Lemma 4.2).
+
+    Args:
+        logprob: as in :func:`policy_loss`, and so the others.
+        old_logprob: ``[M]``.
+        advantage: ``[M]``.
+        turn: ``[M]``.
+        dialogue: ``[M]``.
+        weight: ``[M]``.
+        config: the options.
+
+    Returns:
+        The loss, or None where no token that counts is clipped.
+    """
+    _, plain, _, clipped = _surrogate(logprob, old_logprob, advantage, turn, dialogue, config)
+    lost = clipped & (weight != 0)
+    return -(weight * plain)[lost].sum() if bool(lost.any()) else None
+
+
+def sampling_weight(old_logprob: Tensor, sampling_logprob: Tensor, cap: float) -> Tensor:
+    """Truncated importance weight of tokens that another engine sampled.
+
+    ``min(pi_old / pi_sampling, cap)``, detached, to multiply advantages by: the engine's
+    arithmetic differs from the trainer's (the truncation is V-trace's, arXiv 1802.01561).
+
+    Args:
+        old_logprob: log-probabilities by the trainer before the update ``[M]``.
+        sampling_logprob: by the engine that sampled ``[M]``.
+        cap: largest weight, above 0.
+
+    Returns:
+        ``[M]``.
+    """
+    ratio = (old_logprob - sampling_logprob).clamp(max=_LARGEST).exp()
+    return ratio.clamp(max=cap).detach()
+
+
+class _Surrogate(NamedTuple):
+    """Terms of the surrogate, one per token ``[M]``.
+
+    Attributes:
+        ratio: importance ratio of the token's unit.
+        plain: ratio times advantage.
+        value: the same, clipped.
+        clipped: where ``value`` has no gradient.
+    """
+
+    ratio: Tensor
+    plain: Tensor
+    value: Tensor
+    clipped: Tensor
+
+
+def _surrogate(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    turn: Tensor,
+    dialogue: Tensor,
+    config: PolicyLossConfig,
+) -> _Surrogate:
+    log_ratio = logprob - old_logprob
+    if config.ratio != "token":
+        unit = turn if config.ratio == "turn" else dialogue
+        size = int(unit.max()) + 1 if unit.numel() else 0
+        log_ratio = segment_moments(log_ratio, unit, size).center[unit]
+    # Without bounds a policy that moved too far has ratio infinity, and 0 * inf is NaN.
+    ratio = log_ratio.clamp(-_LARGEST, _LARGEST).exp()
+    plain = ratio * advantage
+    bound = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
+    clipped = bound < plain
+    if config.dual_clip:
+        worst = config.dual_clip * advantage
+        beyond = (advantage < 0) & (plain < worst)
+        bound, clipped = torch.where(beyond, worst, bound), clipped | beyond
+    # Not by a minimum, which halves the gradient where both sides round to the same number.
+    return _Surrogate(ratio, plain, torch.where(clipped, bound, plain), clipped)
 
 
 def _check_level(name: str, level: str) -> None:
