@@ -85,7 +85,7 @@ def batch_of(trainer):
 
 def tokens_of(ours, dialogues):
     """Advantage of each token after the first prompt, by our trainer."""
-    advantage = ours._advantage(turn_table(dialogues))
+    advantage = ours.learner.advantage(turn_table(dialogues))
     rows = [to_tokens(advantage, row.turn_row) for row in pack(dialogues)]
     begins = [dialogue.segments[0].spans[0][1] for dialogue in dialogues]
     return [row[begin:] for row, begin in zip(rows, begins, strict=True)]

@@ -245,7 +245,9 @@ def test_an_update_that_fails_half_way_is_never_saved(tmp_path):
     options = {"mini_batches": 3, "checkpoint_every": 2, "steps": 4}
     trainer = make(tmp_path / "run", **options)
     # Steps 1 to 3 make 9 updates; the second update of step 4 fails.
-    trainer._optimize = failing_at(11, RuntimeError("out of memory"))(trainer._optimize)
+    trainer.learner._optimize = failing_at(11, RuntimeError("out of memory"))(
+        trainer.learner._optimize
+    )
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train(tmp_path / "checkpoint")
     resumed = make(tmp_path / "run", **options)
@@ -367,8 +369,8 @@ def test_a_turn_without_a_verdict_counts_as_its_dialogues_mean_for_the_turns_bef
     known = replace(table, reward=torch.where(grid.isnan(), mean, grid).flatten())
     first = table.turn == 0
     options = {"estimator": "turn", "estimator_options": {"gamma": 0.5}}
-    trainer.config = replace(trainer.config, **options)
-    found, expected = trainer._advantage(table), trainer._advantage(known)
+    trainer.learner.config = replace(trainer.config, **options)
+    found, expected = trainer.learner.advantage(table), trainer.learner.advantage(known)
     assert found[first].any()
     torch.testing.assert_close(found[first], expected[first])
     assert not found[table.turn == 1].any()
@@ -436,7 +438,7 @@ def test_entropy_is_reported_and_a_bonus_raises_it():
     # Equal rewards leave the bonus as the only thing to climb.
     bonus = PolicyLossConfig(entropy_weight=1.0)
     trainer = paid(lambda seed, turn: 0.7)
-    trainer.loss = bonus
+    trainer.learner.loss = bonus
     first = trainer.train_step()["entropy"]
     assert trainer.train_step()["entropy"] > first == pytest.approx(entropy)
 
@@ -487,21 +489,21 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, expected)
     trainer = make(steps=3, mini_batches=2, warmup_steps=2, schedule=schedule, learning_rate=1.0)
     rates = []
     for trainer.step in range(3):
-        rates += [trainer._rate(update) for update in range(2)]
+        rates += [trainer.learner.rate(trainer.step, update) for update in range(2)]
     assert rates == pytest.approx(expected, abs=1e-6)
 
 
 def test_gradients_are_clipped_to_their_norm():
     trainer = make(max_grad_norm=1e-3)
     norms = []
-    step = trainer.optimizer.step
+    step = trainer.learner.optimizer.step
 
     def watched():
         grads = [p.grad for p in trainer.model.parameters()]
         norms.append(float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))))
         step()
 
-    trainer.optimizer.step = watched
+    trainer.learner.optimizer.step = watched
     numbers = trainer.train_step()
     assert numbers["grad_norm"] > 1e-3
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
@@ -543,7 +545,7 @@ def test_divergence_to_the_reference_starts_at_zero(lora_rank):
     trainer = make(loss=PolicyLossConfig(kl_weight=0.1), lora_rank=lora_rank)
     assert trainer.train_step()["kl"] == pytest.approx(0, abs=1e-6)
     assert trainer.train_step()["kl"] > 0
-    assert (trainer.reference is None) == bool(lora_rank)
+    assert (trainer.learner.reference is None) == bool(lora_rank)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -580,11 +582,11 @@ trainer = make(sys.argv[1] + ".run", steps=2, groups=3, lora_rank=rank, loss=los
                micro_batch_tokens=200)
 for _ in range(2):
     trainer.train_step()
-if trainer.accelerator.is_main_process:
+if trainer.engine.rank == 0:
     weights = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()
                if p.requires_grad}
     save_file(weights, sys.argv[1])
-trainer.accelerator.wait_for_everyone()
+trainer.engine.wait()
 """
 
 

@@ -67,6 +67,7 @@ class Dialogue:
         segments: the token rows that the policy saw.
         end_reason: why it ended.
         scores: the world's metrics, ``"score"`` first among them.
+        agent: who the policy was, where several play one session (the seat in a game).
     """
 
     task: str
@@ -78,6 +79,7 @@ class Dialogue:
     segments: list[Segment]
     end_reason: str
     scores: dict[str, float]
+    agent: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the dialogue as JSON-ready values; :meth:`from_json` reads them back."""
@@ -106,6 +108,7 @@ class TurnTable:
         dialogue: position of the row's dialogue in the batch ``[N]``.
         turn: index of the turn in its dialogue ``[N]``.
         group: group of the dialogue ``[N]``.
+        agent: agent of the dialogue ``[N]``.
         mask: False where the reward is unknown ``[N]``.
     """
 
@@ -113,19 +116,21 @@ class TurnTable:
     dialogue: Tensor
     turn: Tensor
     group: Tensor
+    agent: Tensor
     mask: Tensor
 
 
 def turn_table(dialogues: Sequence[Dialogue]) -> TurnTable:
     """Lay out the turns of ``dialogues`` as flat rows, in order."""
     rows = [
-        (turn.reward, d, t, dialogue.group)
-        for d, dialogue in enumerate(dialogues)
-        for t, turn in enumerate(dialogue.turns)
+        (turn.reward, d, t, talk.group, talk.agent)
+        for d, talk in enumerate(dialogues)
+        for t, turn in enumerate(talk.turns)
     ]
     reward = torch.tensor([row[0] for row in rows], dtype=torch.float64)
-    index = torch.tensor([row[1:] for row in rows], dtype=torch.int64).reshape(len(rows), 3)
-    return TurnTable(reward, index[:, 0], index[:, 1], index[:, 2], torch.isfinite(reward))
+    index = torch.tensor([row[1:] for row in rows], dtype=torch.int64).reshape(len(rows), 4)
+    dialogue, turn, group, agent = index.unbind(1)
+    return TurnTable(reward, dialogue, turn, group, agent, torch.isfinite(reward))
 
 
 @dataclass(frozen=True)

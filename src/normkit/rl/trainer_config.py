@@ -1,0 +1,70 @@
+"""Options of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from normkit.errors import InputError
+from normkit.rl.advantage import get_estimator
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Options of the trainer.
+
+    Attributes:
+        steps: rollout-and-update rounds.
+        groups: tasks per step.
+        group_size: dialogues per task, compared with one another.
+        estimator: how turns are credited (a key of :data:`normkit.rl.advantage.ESTIMATORS`).
+        estimator_options: its options.
+        learning_rate: peak of the schedule.
+        schedule: "constant" or "cosine" (to zero) after the warm-up.
+        warmup_steps: updates of linear warm-up.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        mini_batches: updates that one batch is split into.
+        epochs: passes over a batch.
+        micro_batch_tokens: padded tokens of one forward pass; bounds memory.
+        lora_rank: rank of LoRA adapters; 0 trains all weights.
+        autocast: dtype of the forward pass: "auto", "float32" or "bfloat16".
+        recompute: compute the layers' activations again in the backward pass instead of keeping
+            them; less memory for about a third more time.
+        checkpoint_every: steps between checkpoints; 0 keeps only the last.
+        evaluate_every: steps between evaluations on held-out tasks; 0 evaluates never.
+        seed: of tasks, sampling and adapters.
+    """
+
+    steps: int = 24
+    groups: int = 4
+    group_size: int = 4
+    estimator: str = "mapo"
+    estimator_options: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mini_batches: int = 1
+    epochs: int = 1
+    micro_batch_tokens: int = 2048
+    lora_rank: int = 0
+    autocast: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute: bool = False
+    checkpoint_every: int = 10
+    evaluate_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "groups", "group_size", "mini_batches", "epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("checkpoint_every", "evaluate_every", "warmup_steps", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if get_estimator(self.estimator).needs:
+            raise InputError(f"estimator {self.estimator!r} needs a critic, which is not built")
+        if self.mini_batches > self.groups * self.group_size:
+            raise InputError("mini_batches must not exceed groups x group_size")
