@@ -1,0 +1,1 @@
+"""Words of the invented land that the search world asks about (our own, CC0)."""
