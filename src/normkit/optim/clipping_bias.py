@@ -54,6 +54,30 @@ class BiasNorms(NamedTuple):
     corrected: Tensor
 
 
+def correction_factor(
+    gradient: Tensor, bias: Tensor, mode: Mode = "floor", c0: float = 1.0, delta: float = 1e-6
+) -> Tensor:
+    """What gradients are multiplied by, see the head of this module.
+
+    Args:
+        gradient: norms of gradients, any shape.
+        bias: norms of their clipping biases, the same shape.
+        mode: what is made of the norms.
+        c0: bias that "floor" lets pass, above 0.
+        delta: what keeps "paper" finite, above 0.
+
+    Returns:
+        A factor for each pair of norms.
+    """
+    if mode == "floor":
+        return 1 / (bias / c0).clamp(min=1)
+    if mode == "paper":
+        return 1 / (bias + delta)
+    if mode == "ratio":
+        return torch.where(bias > 0, gradient / (gradient + bias), 1)
+    return torch.ones_like(bias)
+
+
 class ClippingBias:
     """Measures the clipping bias of an update and corrects the gradients by it.
 
@@ -136,19 +160,10 @@ class ClippingBias:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         sums, self._sums = self._averaged(), None
         size, bias = get_total_norm(gradients), get_total_norm(sums or [])
-        factor = self._factor(size, bias)
+        factor = correction_factor(size, bias, self.mode, self.c0, self.delta)
         if sums is not None or self.mode == "paper":
             torch._foreach_mul_(gradients, factor)
         return BiasNorms(size, bias, size * factor)
-
-    def _factor(self, gradient: Tensor, bias: Tensor) -> Tensor:
-        if self.mode == "floor":
-            return 1 / (bias / self.c0).clamp(min=1)
-        if self.mode == "paper":
-            return 1 / (bias + self.delta)
-        if self.mode == "ratio":
-            return torch.where(bias > 0, gradient / (gradient + bias), 1)
-        return torch.ones_like(bias)
 
     def _averaged(self) -> list[Tensor] | None:
         """C of all processes, or None where nothing was clipped in any."""
