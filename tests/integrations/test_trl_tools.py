@@ -1,0 +1,203 @@
+"""The tool world through TRL's environment_factory: its tools, its loop, our advantages."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from normkit.rl.advantage import estimate
+from normkit.rl.environment import Reply
+from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
+from normkit.rl.tool_calls import ToolCall
+from tests.rl.tiny import tiny_model, tiny_tokenizer
+
+trl = pytest.importorskip("trl", reason="trl is not installed (the extra 'trl')")
+integration = pytest.importorskip("normkit.integrations.trl")
+tools = pytest.importorskip("normkit.integrations.trl_tools")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+GROUP = 4
+
+
+def written(call):
+    return f"<tool_call>\n{json.dumps(call.to_json())}\n</tool_call>"
+
+
+def script(world, task):
+    """Four dialogues of a task: as the reference, half of it, wrong and repeated calls, chatter."""
+    reference = world.start(task, 0).reference
+    gold, answer = reference.gold, f"<answer>{reference.answer}</answer>"
+    wrong = ToolCall("weekday", {"day": "soon", "hour": 3})
+    return [
+        ["Plan 0. " + written(gold[0]), *map(written, gold[1:]), answer],
+        ["Plan 1. " + written(gold[0]) + written(gold[0]), answer],
+        ["Plan 2. " + written(wrong), written(ToolCall("nothing")), written(gold[-1]), "?"],
+        ["Plan 3. <tool_call>{broken</tool_call>"],
+    ]
+
+
+class Scripted:
+    """TRL's generation of one round, replaced: every dialogue says what its script says."""
+
+    def __init__(self, trainer, world):
+        self.tokenizer, self.world = trainer.processing_class, world
+        self.seen = []
+
+    def __call__(self, prompt_ids, images, fields, num_generations, has_tool_images=False):
+        replies = []
+        for place, ids in enumerate(prompt_ids):
+            text = self.tokenizer.decode(ids)
+            self.seen.append(text)
+            talk = text.split("<|im_start|>")
+            question = next(part for part in talk if part.startswith("user\n"))
+            (task,) = [t for t in self.world.tasks("train") if self.asks(t) in question]
+            said = [part for part in talk if part.startswith("assistant\n")]
+            plan = place % GROUP if len(said) == 1 else int(said[0].split("Plan ")[1][0])
+            replies.append(script(self.world, task)[plan][len(said) - 1])
+        ids = [self.tokenizer(text + "<|im_end|>")["input_ids"] for text in replies]
+        return ids, None
+
+    def asks(self, task):
+        return self.world.start(task, 0).message
+
+
+def make(folder, world, **changes):
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = qwen2_5_chat_template
+    model = tiny_model(tokenizer)
+    model.config.max_position_embeddings = 16384  # a byte is a token, and the tools are described
+    arguments = trl.GRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=2 * GROUP,
+        num_generations=GROUP,
+        max_completion_length=4000,
+        max_tool_calling_iterations=world.max_turns - 1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        gradient_checkpointing=False,
+        **{"max_steps": 2, "learning_rate": 1e-2, **changes},
+    )
+    trainer = integration.TurnAdvantageTrainer(
+        model,
+        args=arguments,
+        estimator="matchtir",
+        processing_class=tokenizer,
+        **tools.tool_calling(world),
+    )
+    trainer._generate_single_turn = Scripted(trainer, world)
+    return trainer
+
+
+def held(world, task, replies):
+    """What the world pays a dialogue that is held in it."""
+    session = world.start(task, 0)
+    for reply in replies:
+        (step,) = world.step([session], [Reply(reply)])
+    return step.info["turn_rewards"], world.score(session)
+
+
+def test_tools_are_methods_with_the_schema_of_the_world():
+    from transformers.utils import get_json_schema
+
+    world = ToolWorld()
+    environment = tools.tool_calling(world)["environment_factory"]()
+    for name, tool in world.box.tools.items():
+        found = get_json_schema(getattr(environment, name))["function"]
+        expected = tool.to_json()["function"]
+        kinds = {n: {"type": p["type"]} for n, p in found["parameters"]["properties"].items()}
+        assert (found["name"], found["description"]) == (name, expected["description"])
+        assert kinds == expected["parameters"]["properties"]
+        assert found["parameters"]["required"] == expected["parameters"]["required"]
+    assert environment.calculator(expression="2*3") == "6"
+    assert environment.weekday(day=3) == "error: day must be a string"
+    assert environment.weekday(hour=3) == "error: weekday takes day"
+
+
+def test_tokens_get_the_advantages_of_the_same_dialogues_in_the_world(tmp_path):
+    world = ToolWorld(ToolWorldConfig(max_turns=8))
+    trainer = make(tmp_path, world)
+    trainer.model.train()
+    inputs = next(iter(trainer.get_train_dataloader()))
+    output = trainer._generate_and_score_completions(inputs)
+    paid = [
+        held(world, example["task"], script(world, example["task"])[i % GROUP])
+        for i, example in enumerate(inputs)
+    ]
+    rows = [(r, b, t, b // GROUP) for b, (row, _) in enumerate(paid) for t, r in enumerate(row)]
+    columns = [torch.tensor(column) for column in zip(*rows, strict=True)]
+    expected = estimate("matchtir", columns[0].double(), *columns[1:])
+    mask = (output["completion_mask"] * output["tool_mask"]).bool()
+    lengths = [
+        len(trainer.processing_class(text + "<|im_end|>")["input_ids"])
+        for i, example in enumerate(inputs)
+        for text in script(world, example["task"])[i % GROUP]
+    ]
+    torch.testing.assert_close(
+        output["advantages"][mask].double(),
+        expected.repeat_interleave(torch.tensor(lengths)),
+        atol=1e-6,
+        rtol=1e-6,
+    )
+    assert not bool(output["advantages"][~mask].any())
+    assert len(set(expected.tolist())) > 2 * GROUP
+    # The world was asked in full: the first of each group solved everything.
+    assert [score["score"] for _, score in paid[::GROUP]] == [1.0, 1.0]
+
+
+def test_the_model_reads_what_the_tools_return(tmp_path):
+    world = ToolWorld(ToolWorldConfig(max_turns=8))
+    trainer = make(tmp_path, world)
+    trainer.model.train()
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer._generate_and_score_completions(inputs)
+    text = "\n".join(trainer._generate_single_turn.seen)
+    for example in inputs:
+        for result in world.start(example["task"], 0).reference.results[:-1]:
+            assert f"<tool_response>\n{result}" in text
+    assert "error: weekday takes day" in text
+    assert "Tool nothing not found." in text
+
+
+def test_turns_after_the_end_earn_nothing():
+    world = ToolWorld()
+    task = world.tasks("train")[0]
+    gold = world.start(task, 0).reference.gold
+    replies = ["<answer>perhaps</answer>" + written(gold[0]), written(gold[0]), "?"]
+    rewards, scores = tools.replay(world, [task, task], [replies, []])
+    assert rewards[0][1:] == [0.0, 0.0]
+    assert rewards[1] == []
+    assert scores[0]["calls"] == scores[1]["calls"] == 0
+
+
+@pytest.mark.slow
+def test_it_trains_and_prefers_the_turns_that_are_paid(tmp_path):
+    world = ToolWorld(ToolWorldConfig(max_turns=8))
+    tasks = world.tasks("train")[:2]
+    world.tasks = lambda split: tasks
+    trainer = make(tmp_path, world, max_steps=4)
+
+    def surprise(text):
+        ids = torch.tensor([trainer.processing_class(text)["input_ids"]])
+        with torch.no_grad():
+            return float(trainer.model(input_ids=ids, labels=ids).loss)
+
+    gold = written(world.start(world.tasks("train")[0], 0).reference.gold[1])
+    before = surprise(gold), surprise("Plan 3. <tool_call>{broken</tool_call>")
+    trainer.train()
+    after = surprise(gold), surprise("Plan 3. <tool_call>{broken</tool_call>")
+    assert after[0] - before[0] < after[1] - before[1]
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 4
+    assert all(0 < row["grad_norm"] < math.inf for row in rows)
+    assert all(row["score"] == pytest.approx(rows[0]["score"]) for row in rows)
+    assert all(row["tools/call_frequency"] > 1 for row in rows)
