@@ -93,9 +93,10 @@ class ToolDialogue:
 
 def as_reply(message: Message) -> str:
     """An assistant message as the world reads replies: its text, then what it calls in tags."""
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
-    tags = (f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>" for call in calls)
-    return message["content"] + "".join(tags)
+    text: str = message["content"]
+    for call in message.get("tool_calls") or ():
+        text += f"<tool_call>{json.dumps(call['function'], ensure_ascii=False)}</tool_call>"
+    return text
 
 
 def replay(
