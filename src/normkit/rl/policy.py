@@ -79,10 +79,6 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     r"""Log-probability of every sampled token, with logits only where replies are.
 
-    ``log softmax(z / temperature)[token]`` where z are the logits one position earlier. The hidden
-    states of the M sampled positions are gathered before the vocabulary projection, whatever the
-    architecture, and logits are made and dropped in chunks, forward and backward.
-
     Args:
         model: a causal language model of transformers, wrapped or not.
         batch: the packed rows.
@@ -94,14 +90,58 @@ def token_logprobs(
         Log-probabilities ``[M]`` in float32, in the order of ``batch``, and the entropies ``[M]``
         in nats or None.
     """
+    hidden, head = token_states(model, batch, recompute)
+    return state_logprobs(hidden, head, batch.target, temperature, entropy)
+
+
+def token_states(
+    model: nn.Module, batch: TokenBatch, recompute: bool = False
+) -> tuple[Tensor, nn.Module]:
+    """Hidden states that the sampled tokens follow from, and the vocabulary projection.
+
+    They are of the position before each token: what :func:`state_logprobs` predicts it from, and
+    what a critic (:mod:`normkit.rl.critic`) judges.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not.
+        batch: the packed rows.
+        recompute: keep only the inputs of the model's layers for the backward pass.
+
+    Returns:
+        Hidden states ``[M, D]`` and the projection.
+    """
     with _hidden_states_only(model) as head, _recomputed_layers(model, recompute):
         hidden = model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
-    hidden = hidden[batch.row, batch.position - 1]
+    return hidden[batch.row, batch.position - 1], head
+
+
+def state_logprobs(
+    hidden: Tensor,
+    head: nn.Module,
+    target: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Log-probability of a token after each hidden state.
+
+    ``log softmax(z / temperature)[token]``, z the projection of the state. Logits are made and
+    dropped in chunks, forward and backward.
+
+    Args:
+        hidden: ``[M, D]``.
+        head: the vocabulary projection.
+        target: the tokens ``[M]``.
+        temperature: divides the logits.
+        entropy: also return the entropy of each distribution.
+
+    Returns:
+        As :func:`token_logprobs`.
+    """
     weights = tuple(weight for weight in head.parameters() if weight.requires_grad)
     apply: Callable[..., tuple[Tensor, Tensor]] = _TokenScores.apply
-    logprob, spread = apply(head, batch.target, temperature, entropy, hidden, *weights)
+    logprob, spread = apply(head, target, temperature, entropy, hidden, *weights)
     return logprob, spread if entropy else None
 
 
