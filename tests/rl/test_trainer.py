@@ -489,7 +489,7 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, expected)
     trainer = make(steps=3, mini_batches=2, warmup_steps=2, schedule=schedule, learning_rate=1.0)
     rates = []
     for trainer.step in range(3):
-        rates += [trainer.learner.rate(trainer.step, update) for update in range(2)]
+        rates += [trainer.learner.share(trainer.step, update) for update in range(2)]
     assert rates == pytest.approx(expected, abs=1e-6)
 
 
@@ -622,7 +622,9 @@ def test_two_processes_make_the_update_of_one(tmp_path, lora_rank):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"estimator": "nope"}, "estimator must be one of"),
-        ({"estimator": "ppo"}, "critic"),
+        ({"estimator_options": {"gama": 1.0}}, "gama"),
+        ({"correction": "best"}, "correction must be None or one of floor"),
+        ({"correction_floor": 0.0}, "correction_floor must be above 0"),
         ({"mini_batches": 17}, "mini_batches"),
         ({"evaluate_every": -1}, "evaluate_every must be at least 0"),
     ],

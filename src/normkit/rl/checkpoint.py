@@ -16,6 +16,7 @@ from normkit.errors import InputError
 from normkit.files import replaced_folder, standing_folder, write_json
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_CRITIC = "critic.safetensors"
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -24,7 +25,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_checkpoint(
-    folder: str | Path, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    critic: nn.Module | None = None,
 ) -> None:
     """Write a checkpoint beside the old one and put it in its place.
 
@@ -35,10 +40,13 @@ def save_checkpoint(
         model: its trainable parameters are kept.
         optimizer: its state is kept, tensors apart from numbers.
         state: JSON-ready values to go on from, such as the step.
+        critic: what is trained beside the model, if anything; in a file of its own, so that the
+            model loads without it.
     """
     with replaced_folder(folder) as new:
-        weights = {name: p.detach().contiguous() for name, p in trainable(model).items()}
-        save_file(weights, new / _MODEL)
+        _save_weights(model, new / _MODEL)
+        if critic is not None:
+            _save_weights(critic, new / _CRITIC)
         tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
         numbers: dict[str, dict[str, Any]] = {}
         saved = optimizer.state_dict()
@@ -54,7 +62,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | Path, model: nn.Module, optimizer: Optimizer | None = None
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    critic: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Restore what :func:`save_checkpoint` wrote; return its ``state``.
 
@@ -63,28 +74,19 @@ def load_checkpoint(
             and putting the new one in place, the old one is used.
         model: gets the weights.
         optimizer: gets its state, and the random generator its own; left alone if None.
+        critic: gets its weights; left alone if None.
 
     Raises:
         InputError: where there is no checkpoint, it lacks a file, or it is of another model.
     """
     folder = standing_folder(folder)
-    for name in (_MODEL, _OPTIMIZER, _STATE):
+    modules = {_MODEL: model} if critic is None else {_MODEL: model, _CRITIC: critic}
+    for name in (*modules, _OPTIMIZER, _STATE):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a checkpoint: {name} is missing")
     stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    weights = load_file(folder / _MODEL)
-    parameters = trainable(model)
-    if weights.keys() != parameters.keys():
-        odd = sorted(weights.keys() ^ parameters.keys())[:3]
-        raise InputError(f"{folder} is of another model; names differ, such as {', '.join(odd)}")
-    with torch.no_grad():
-        for name, p in parameters.items():
-            if p.shape != weights[name].shape:
-                raise InputError(
-                    f"{folder} is of another model: {name} has shape {tuple(weights[name].shape)}, "
-                    f"expected {tuple(p.shape)}"
-                )
-            p.copy_(weights[name])
+    for name, module in modules.items():
+        _load_weights(module, folder / name)
     if optimizer is not None:
         tensors = load_file(folder / _OPTIMIZER)
         torch.set_rng_state(tensors.pop("rng"))
@@ -101,3 +103,22 @@ def load_checkpoint(
         optimizer.load_state_dict({"state": values, "param_groups": groups})
     state: dict[str, Any] = stored["state"]
     return state
+
+
+def _save_weights(module: nn.Module, path: Path) -> None:
+    save_file({name: p.detach().contiguous() for name, p in trainable(module).items()}, path)
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    weights, parameters = load_file(path), trainable(module)
+    if weights.keys() != parameters.keys():
+        odd = ", ".join(sorted(weights.keys() ^ parameters.keys())[:3])
+        raise InputError(f"{path.parent} is of another model; names differ, such as {odd}")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            if p.shape != weights[name].shape:
+                raise InputError(
+                    f"{path.parent} is of another model: {name} has shape "
+                    f"{tuple(weights[name].shape)}, expected {tuple(p.shape)}"
+                )
+            p.copy_(weights[name])

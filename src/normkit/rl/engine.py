@@ -72,6 +72,12 @@ class Engine:
         # The wrapper averages gradients over processes.
         self.accelerator.backward(loss * self.world)
 
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Do for parameters outside the wrapped model what the wrapper does for its own."""
+        for p in parameters if self.world > 1 else ():
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = self.reduce(gradient, "sum").to(p.device) / self.world
+
     def clip_gradients(self, parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
         """Clip gradients to a norm; return the norm they had."""
         return torch.as_tensor(self.accelerator.clip_grad_norm_(list(parameters), norm))

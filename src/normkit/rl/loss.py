@@ -153,8 +153,8 @@ def policy_loss(
     Returns:
         The loss, and detached numbers. Sums over the call's tokens with ``weight``:
         "clip_fraction" of clipped tokens, "clip_fraction_turn" of tokens in turns with a clipped
-        one, "ratio", "kl_old", and "kl" and "entropy" where given. The largest of the call:
-        "ratio_max".
+        one, "ratio", "kl_old", and "kl" and "entropy" where given. The largest ratio of a token
+        that counts: "ratio_max".
     """
     ratio, _, value, clipped = _surrogate(logprob, old_logprob, advantage, turn, dialogue, config)
     loss = -(weight * value).sum()
@@ -165,7 +165,7 @@ def policy_loss(
             "clip_fraction": (weight * clipped).sum(),
             "clip_fraction_turn": (weight * beside).sum(),
             "ratio": (weight * ratio).sum(),
-            "ratio_max": ratio.amax() if ratio.numel() else ratio.sum(),
+            "ratio_max": (ratio * (weight != 0)).amax() if ratio.numel() else ratio.sum(),
             "kl_old": (weight * kl_estimate(logprob, old_logprob, "k3")).sum(),
         }
     if reference is not None:

@@ -124,6 +124,7 @@ class Trainer:
         dialogues = self.rollout.run(self.environment, ours)
         generated = time.perf_counter()
         numbers = self.update(dialogues)
+        updates = numbers.pop("updates")
         finished = time.perf_counter()
         described = self._describe(dialogues)
         tokens = described["sampled_tokens"]
@@ -140,6 +141,8 @@ class Trainer:
             self.logger.log(self.step, numbers)
             rows = [{"step": self.step, **_sample(d)} for d in dialogues[:2]]
             self.logger.append("dialogues", rows)
+            if len(updates) > 1:
+                self.logger.append("updates", [{"step": self.step, **u} for u in updates])
         self.report("train", {"step": self.step, "steps": self.config.steps, **numbers})
         return numbers
 
@@ -200,7 +203,7 @@ class Trainer:
             self.rollout.config = sampling
 
     def update(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-        """Credit and train a batch of dialogues; return the update's numbers."""
+        """Credit and train a batch of dialogues; return its numbers (:meth:`PolicyUpdate.run`)."""
         return self.learner.run(dialogues, self.step)
 
     def _describe(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
@@ -246,7 +249,9 @@ class Trainer:
 
     def resume(self, folder: str | Path) -> None:
         """Go on from a checkpoint; log lines newer than it are forgotten."""
-        state = load_checkpoint(folder, self.model, self.learner.bare_optimizer)
+        state = load_checkpoint(
+            folder, self.model, self.learner.bare_optimizer, self.learner.critic
+        )
         self.step = self._saved = int(state["step"])
         self.best = dict(state.get("best", {}))
         if self.logger is not None and self.engine.rank == 0:
@@ -255,7 +260,8 @@ class Trainer:
     def _write(self, folder: str | Path) -> None:
         if self.engine.rank == 0:
             state = {"step": self.step, "best": self.best}
-            save_checkpoint(folder, self.model, self.learner.bare_optimizer, state)
+            optimizer, critic = self.learner.bare_optimizer, self.learner.critic
+            save_checkpoint(folder, self.model, optimizer, state, critic)
 
     def save_hf(self, folder: str | Path) -> None:
         """Export the model, adapters merged, as a folder that plain transformers loads."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from normkit.errors import InputError
+from normkit.optim.clipping_bias import Mode
 from normkit.rl.advantage import get_estimator
+from normkit.rl.critic import CriticConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,10 @@ class TrainerConfig:
         group_size: dialogues per task, compared with one another.
         estimator: how turns are credited (a key of :data:`normkit.rl.advantage.ESTIMATORS`).
         estimator_options: its options.
+        critic: options of the critic, where the estimator ("ppo") needs one.
+        correction: what :class:`normkit.optim.ClippingBias` makes of gradients; "measure" watches
+            the clipping bias only, None does not compute it.
+        correction_floor: clipping bias that the correction "floor" lets pass.
         learning_rate: peak of the schedule.
         schedule: "constant" or "cosine" (to zero) after the warm-up.
         warmup_steps: updates of linear warm-up.
@@ -42,6 +48,9 @@ class TrainerConfig:
     group_size: int = 4
     estimator: str = "mapo"
     estimator_options: Mapping[str, Any] = field(default_factory=dict)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    correction: Mode | None = None
+    correction_floor: float = 1.0
     learning_rate: float = 1e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 1
@@ -64,7 +73,22 @@ class TrainerConfig:
         for name in ("checkpoint_every", "evaluate_every", "warmup_steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if get_estimator(self.estimator).needs:
-            raise InputError(f"estimator {self.estimator!r} needs a critic, which is not built")
+        if self.correction not in (None, *get_args(Mode)):
+            modes = ", ".join(get_args(Mode))
+            raise InputError(f"correction must be None or one of {modes}; got {self.correction!r}")
+        if not self.correction_floor > 0:
+            raise InputError(f"correction_floor must be above 0, got {self.correction_floor}")
+        estimator = get_estimator(self.estimator)
+        if set(estimator.needs) - {"value"}:
+            raise InputError(f"estimator {self.estimator!r} needs more than the trainer has")
+        for name in self.estimator_options:
+            if name not in estimator.options:
+                known = ", ".join(estimator.options) or "none"
+                raise InputError(f"estimator_options: {self.estimator} has {known}; got {name!r}")
         if self.mini_batches > self.groups * self.group_size:
             raise InputError("mini_batches must not exceed groups x group_size")
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether the estimator needs values of states."""
+        return "value" in get_estimator(self.estimator).needs

@@ -4,7 +4,7 @@ Each dialogue is trained in one forward pass over its whole packed text. The los
 sum over tokens whose weights are those of the whole batch, so that micro-batches and processes add
 up to the batch at once.
 
-Shapes: M sampled tokens, N turns.
+Shapes: M sampled tokens of a batch, m of a micro-batch, N turns.
 """
 
 from __future__ import annotations
@@ -12,20 +12,46 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normkit.rl.advantage import estimate
+from normkit.optim import ClippingBias
 from normkit.rl.checkpoint import trainable
+from normkit.rl.credit import Credit, SampledTokens, token_credit, turn_advantage, turn_credit
+from normkit.rl.critic import ValueHead, explained_variance, value_loss, variance_sums
 from normkit.rl.dialogue import Dialogue, PackedRow, TurnTable, micro_batches, pack, turn_table
 from normkit.rl.engine import Engine
-from normkit.rl.loss import PolicyLossConfig, aggregation_weights, kl_estimate, policy_loss
+from normkit.rl.loss import (
+    PolicyLossConfig,
+    aggregation_weights,
+    complementary_loss,
+    kl_estimate,
+    policy_loss,
+    sampling_weight,
+)
 from normkit.rl.models import resolve_dtype, with_lora
-from normkit.rl.policy import TokenBatch, collate, token_logprobs
+from normkit.rl.policy import TokenBatch, collate, state_logprobs, token_logprobs, token_states
 from normkit.rl.trainer_config import TrainerConfig
+
+
+class _Batch(NamedTuple):
+    """What a batch of dialogues is trained with.
+
+    Attributes:
+        rows: the packed rows.
+        tokens: their sampled tokens.
+        columns: by name, a number for each sampled token ``[M]``: its "dialogue", whether its turn
+            was judged ("known"), its "advantage"; its log-probability before the first update
+            ("old", where there are several); the critic's "value" before it, the "target" of that
+            value, and whether there is one ("valued").
+    """
+
+    rows: Sequence[PackedRow]
+    tokens: SampledTokens
+    columns: Mapping[str, Tensor]
 
 
 class PolicyUpdate:
@@ -40,6 +66,7 @@ class PolicyUpdate:
 
     Attributes:
         policy: the model, wrapped for the engine, with adapters where LoRA is on.
+        critic: the value head, where the estimator needs values.
         optimizer: AdamW, wrapped for the engine.
         whole: False from the first change of the weights by a batch on; whoever calls sets it to
             True when the batch is done.
@@ -65,15 +92,25 @@ class PolicyUpdate:
             self.reference = deepcopy(model).eval().requires_grad_(False)
         # Dropout would make the trained log-probabilities those of another policy.
         model.eval()
+        self.critic: ValueHead | None = None
+        groups: list[dict[str, Any]] = [{"params": list(trainable(model).values())}]
+        if config.needs_critic:
+            width = model.config.get_text_config().hidden_size
+            self.critic = ValueHead(width, config.critic.detach).to(engine.device)
+            head = {"params": list(self.critic.parameters()), "lr": config.critic.learning_rate}
+            groups.append({**head, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(
-            trainable(model).values(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
+            groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
         self.policy, self.optimizer = engine.prepare(model, optimizer)
         if self.reference is not None:
             self.reference.to(engine.device)
+        self.correction: ClippingBias | None = None
+        if config.correction is not None:
+            self.correction = ClippingBias(
+                trainable(self.policy).values(), config.correction, config.correction_floor
+            )
 
     @property
     def model(self) -> Any:
@@ -93,186 +130,223 @@ class PolicyUpdate:
             dialogues: this process's share of the batch.
             step: number of the step, from which the order of mini-batches and the learning rate
                 follow.
+
+        Returns:
+            Means over the batch's updates (of what ends in "_max", the largest), and as "updates"
+            the numbers of each, with its "staleness": the updates since the batch was sampled.
         """
-        table = turn_table(dialogues)
-        advantage = self.advantage(table)
-        rows = pack(dialogues)
-        owner = torch.tensor([i for i, d in enumerate(dialogues) for _ in d.segments])
-        keep = [i for i, row in enumerate(rows) if bool((row.turn_row >= 0).any())]
-        several = self.config.mini_batches * self.config.epochs > 1
-        old = self._logprobs_of(rows, keep) if several else None
-        totals: dict[str, float] = {}
-        updates = 0
+        batch = self._credited(pack(dialogues), turn_table(dialogues))
+        owner = [i for i, d in enumerate(dialogues) for _ in d.segments]
+        updates: list[dict[str, float]] = []
+        staleness = 0.0
         for epoch in range(self.config.epochs):
             order = np.random.default_rng([self.config.seed, step, epoch]).permutation(
                 len(dialogues)
             )
             for part in np.array_split(order, self.config.mini_batches):
                 members = set(part.tolist())
-                chosen = [i for i in keep if int(owner[i]) in members]
-                rate = self.rate(step, updates)
-                numbers = self._optimize(rows, chosen, table, advantage, old, rate)
-                updates += 1
-                for name, value in numbers.items():
-                    totals[name] = totals.get(name, 0.0) + value
-        numbers = {name: value / updates for name, value in totals.items()}
-        known = advantage[table.mask].abs()
-        sums = torch.tensor([float(known.sum()), float(len(known))])
-        size, count = self.engine.reduce(sums, "sum")
-        numbers["advantage_abs"] = float(size / count.clamp_min(1))
-        return numbers
+                chosen = [i for i in batch.tokens.rows if owner[i] in members]
+                numbers = self._optimize(batch, chosen, self.share(step, len(updates)))
+                updates.append({"staleness": staleness, **numbers})
+                staleness += 1 - numbers["skipped_updates"]
+        return {**_summary(updates), **self._credit_numbers(batch), "updates": updates}
 
     def advantage(self, table: TurnTable) -> Tensor:
-        """Advantages ``[N]`` of our rows, from the statistics of all processes' rows."""
-        fields = (table.reward, table.dialogue, table.turn, table.group, table.agent)
-        rows, source = self.engine.gather_rows(torch.stack([f.double() for f in fields], 1))
-        # A reward that is not finite says that the turn was not judged: no mask is needed.
-        reward, *index = rows.unbind(1)
-        dialogue, turn, group, agent = (x.long() for x in index)
-        whole = estimate(
-            self.config.estimator,
-            reward,
-            # Dialogues are numbered within their process.
-            dialogue * self.engine.world + source,
-            turn,
-            group,
-            agent=agent,
-            **self.config.estimator_options,
-        )
-        return whole[source == self.engine.rank]
+        """Advantages ``[N]`` of our turns by an estimator that needs no critic."""
+        options = self.config.estimator_options
+        return turn_advantage(table, self.engine, self.config.estimator, options)
 
-    def rate(self, step: int, update: int) -> float:
-        """Learning rate of an update of a step."""
+    def share(self, step: int, update: int) -> float:
+        """Learning rates of an update of a step, as a share of their peaks."""
         updates = self.config.mini_batches * self.config.epochs
         done = step * updates + update
         total = self.config.steps * updates
-        rate = self.config.learning_rate
         if done < self.config.warmup_steps:
-            return rate * (done + 1) / (self.config.warmup_steps + 1)
+            return (done + 1) / (self.config.warmup_steps + 1)
         if self.config.schedule == "cosine":
             share = (done - self.config.warmup_steps) / max(total - self.config.warmup_steps, 1)
-            return rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-        return rate
+            return 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        return 1.0
+
+    # ------------------------------------------------------------------ before the first update
+
+    def _credited(self, rows: Sequence[PackedRow], table: TurnTable) -> _Batch:
+        """Credit the tokens of a batch, with the policy and the critic as they are."""
+        tokens = SampledTokens(rows)
+        columns = {"dialogue": table.dialogue[tokens.turn], "known": table.mask[tokens.turn]}
+        several = self.config.mini_batches * self.config.epochs > 1
+        if several or self.critic is not None:
+            old, value = self._before(rows, tokens)
+        if several:
+            columns["old"] = old
+        if self.critic is None:
+            columns["advantage"] = self.advantage(table)[tokens.turn].float()
+        else:
+            credit = self._critic_credit(table, tokens, value)
+            columns["advantage"] = credit.advantage.float()
+            columns.update(value=value, target=credit.target.float(), valued=credit.valued)
+        return _Batch(rows, tokens, columns)
+
+    def _critic_credit(self, table: TurnTable, tokens: SampledTokens, value: Tensor) -> Credit:
+        options = self.config.estimator_options
+        if self.config.critic.level == "token":
+            return token_credit(table, tokens, self.engine, value, **options)
+        return turn_credit(table, tokens, self.engine, self.config.estimator, options, value)
+
+    @torch.no_grad()
+    def _before(self, rows: Sequence[PackedRow], tokens: SampledTokens) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of tokens and values before them ``[M]``; zeros without a critic."""
+        logprob, value = torch.zeros(2, len(tokens.turn))
+        for members in self._micro_batches(rows, tokens.rows):
+            batch, places = self._collate(rows, members), tokens.places(members)
+            with self._autocast():
+                hidden, head = token_states(self.model, batch)
+                found, _ = state_logprobs(hidden, head, batch.target, self.temperature)
+            logprob[places] = found.cpu()
+            if self.critic is not None:
+                value[places] = self.critic(hidden).cpu()
+        return logprob, value
+
+    def _credit_numbers(self, batch: _Batch) -> dict[str, float]:
+        """Mean size of the advantages over turns, and how much of the returns the critic knew."""
+        known, columns = batch.columns["known"], batch.columns
+        turn = batch.tokens.turn[known]
+        weight = aggregation_weights(turn, turn, "turn").double()
+        sums = [torch.stack([(weight * columns["advantage"][known].abs()).sum(), weight.sum()])]
+        if self.critic is not None:
+            there = columns["valued"]
+            sums.append(variance_sums(columns["target"][there], columns["value"][there]))
+        size, count, *moments = self.engine.reduce(torch.cat(sums), "sum")
+        numbers = {"advantage_abs": float(size / count.clamp_min(1))}
+        if self.critic is not None:
+            numbers["explained_variance"] = explained_variance(torch.stack(moments))
+        return numbers
 
     # ------------------------------------------------------------------ one update
 
-    def _optimize(
-        self,
-        rows: Sequence[PackedRow],
-        chosen: Sequence[int],
-        table: TurnTable,
-        advantage: Tensor,
-        old: Mapping[int, Tensor] | None,
-        rate: float,
-    ) -> dict[str, float]:
+    def _optimize(self, batch: _Batch, chosen: Sequence[int], share: float) -> dict[str, float]:
+        """Update once on the rows that were chosen, at a share of the peak learning rates."""
         self.optimizer.zero_grad(set_to_none=True)  # a failed pass may have left some
-        batches = micro_batches([rows[i] for i in chosen], self.config.micro_batch_tokens)
-        weights, units = self._weights(rows, chosen, table)
-        sums: dict[str, float] = {}
+        columns = {**batch.columns, **self._weights(batch, chosen)}
+        pieces = self._micro_batches(batch.rows, chosen)
+        totals: dict[str, float] = {}
         # Every process must take part in the same number of passes: the wrapper waits for all.
-        passes = int(self.engine.reduce(torch.tensor(float(len(batches))), "max"))
+        passes = int(self.engine.reduce(torch.tensor(float(len(pieces))), "max"))
         for number in range(passes):
+            if number < len(pieces):
+                data = self._collate(batch.rows, pieces[number])
+                places = batch.tokens.places(pieces[number])
+                part = {name: x[places].to(self.engine.device) for name, x in columns.items()}
+            else:
+                data, part = self._idle(columns)
             with self.engine.accumulating(self.policy, last=number == passes - 1):
-                if number >= len(batches):
-                    self._empty_pass()
-                    continue
-                members = [chosen[k] for k in batches[number]]
-                batch = collate([rows[i] for i in members], self.engine.device)
-                weight = torch.cat([weights[i] for i in members]) / units
-                previous = None if old is None else torch.cat([old[i] for i in members])
-                loss, metrics = self._loss(batch, weight, previous, table, advantage)
+                loss, metrics = self._loss(data, part)
                 self.engine.backward(loss)
             for name, value in {"loss": loss.detach(), **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        names = sorted(sums)
-        values = self.engine.reduce(
-            torch.tensor([sums[n] for n in names], dtype=torch.float64), "sum"
-        )
+                join = max if name.endswith("_max") else float.__add__
+                totals[name] = join(totals.get(name, 0.0), float(value))
+        numbers = self._over_processes(totals)
+        numbers.update(self._corrected())
         norm = self.engine.clip_gradients(
-            trainable(self.policy).values(), self.config.max_grad_norm
+            [p for group in self.optimizer.param_groups for p in group["params"]],
+            self.config.max_grad_norm,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = share * peak
         if torch.isfinite(norm):
             self.whole = False
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
-            **dict(zip(names, values.tolist(), strict=True)),
+            **numbers,
             "grad_norm": float(norm),
-            "learning_rate": rate,
+            "learning_rate": share * self.config.learning_rate,
             "skipped_updates": float(not torch.isfinite(norm)),
         }
 
     def _loss(
-        self,
-        batch: TokenBatch,
-        weight: Tensor,
-        previous: Tensor | None,
-        table: TurnTable,
-        advantage: Tensor,
+        self, batch: TokenBatch, part: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a micro-batch, and sums of its numbers.
+        """Loss of a micro-batch, and its numbers; what clipping takes out of it is collected.
 
         Args:
             batch: the packed rows.
-            weight: of each sampled token ``[M]``.
-            previous: log-probabilities before the first update ``[M]``; None where this is it.
-            table: the turns.
-            advantage: of each turn ``[N]``.
+            part: columns of its sampled tokens ``[m]``.
         """
-        device = self.engine.device
-        turn = batch.turn_row.cpu()
-        weight = weight.to(device)
         with self._autocast():
-            logprob, entropy = token_logprobs(
-                self.policy,
-                batch,
-                self.temperature,
-                entropy=True,
-                recompute=self.config.recompute,
+            hidden, head = token_states(self.policy, batch, self.config.recompute)
+            logprob, entropy = state_logprobs(
+                hidden, head, batch.target, self.temperature, entropy=True
             )
+        old = part.get("old", logprob.detach())
+        advantage = part["advantage"]
+        if self.loss.sampling_cap:
+            cap = self.loss.sampling_cap
+            advantage = advantage * sampling_weight(old, batch.logprob, cap)
+        tokens = (logprob, old, advantage, batch.turn_row, part["dialogue"], part["weight"])
         loss, metrics = policy_loss(
-            logprob,
-            logprob.detach() if previous is None else previous.to(device),
-            advantage[turn].to(device, torch.float32),
-            batch.turn_row,
-            table.dialogue[turn].to(device),
-            weight,
+            *tokens,
             self.loss,
             self._reference_logprobs(batch),
             # Without a bonus it is a number to watch, and costs no backward pass.
             entropy if self.loss.entropy_weight or entropy is None else entropy.detach(),
         )
         with torch.no_grad():
-            gap = kl_estimate(batch.logprob, logprob.detach(), "k3")
-            metrics["sampling_kl"] = (weight * gap).sum()
+            gap = kl_estimate(batch.logprob, logprob, "k3")
+            metrics["sampling_kl"] = (part["weight"] * gap).sum()
+        if self.correction is not None:
+            lost = complementary_loss(*tokens, self.loss)
+            # Scaled as the engine scales the loss.
+            self.correction.collect(None if lost is None else lost * self.engine.world)
+        if self.critic is not None:
+            error = value_loss(
+                self.critic(hidden),
+                part["value"],
+                part["target"],
+                part["value_weight"],
+                self.config.critic.clip,
+            )
+            metrics["value_loss"] = error.detach()
+            loss = loss + self.config.critic.weight * error
         return loss, metrics
 
-    def _weights(
-        self, rows: Sequence[PackedRow], chosen: Sequence[int], table: TurnTable
-    ) -> tuple[dict[int, Tensor], float]:
-        """Weight of each token that counts, per row, and the units of all processes together."""
-        tokens = {i: rows[i].turn_row[rows[i].turn_row >= 0] for i in chosen}
-        turn = torch.cat([*tokens.values(), torch.zeros(0, dtype=torch.int64)])
-        dialogue = table.dialogue[turn]
-        counts = table.mask[turn]
-        flat = torch.zeros(len(turn))
-        flat[counts] = aggregation_weights(turn[counts], dialogue[counts], self.loss.aggregate)
-        units = float(self.engine.reduce(flat.sum(), "sum"))
-        split = torch.split(flat, [len(t) for t in tokens.values()]) if tokens else ()
-        return dict(zip(tokens, split, strict=True)), max(units, 1.0)
+    def _corrected(self) -> dict[str, float]:
+        """Exchange the critic's gradients, and correct the policy's by their clipping bias."""
+        if self.critic is not None:
+            self.engine.average_gradients(self.critic.parameters())
+        if self.correction is None:
+            return {}
+        norms = self.correction.correct()
+        return {
+            "bias_norm": float(norms.bias),
+            "policy_grad_norm": float(norms.gradient),
+            "corrected_grad_norm": float(norms.corrected),
+        }
 
-    def _logprobs_of(self, rows: Sequence[PackedRow], chosen: Sequence[int]) -> dict[int, Tensor]:
-        """Log-probabilities before the first update, per row."""
-        found: dict[int, Tensor] = {}
-        for places in micro_batches([rows[i] for i in chosen], self.config.micro_batch_tokens):
-            members = [chosen[k] for k in places]
-            batch = collate([rows[i] for i in members], self.engine.device)
-            with torch.no_grad(), self._autocast():
-                logprob, _ = token_logprobs(self.model, batch, self.temperature)
-            lengths = [int((rows[i].turn_row >= 0).sum()) for i in members]
-            found.update(zip(members, torch.split(logprob.cpu(), lengths), strict=True))
+    def _weights(self, batch: _Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """Weights of tokens and of their values; those that count add up to 1 over processes."""
+        turn, columns = batch.tokens.turn, batch.columns
+        there = torch.zeros_like(columns["known"])
+        there[batch.tokens.places(chosen)] = True
+        own = there & columns["known"]
+        weight = torch.zeros(len(turn))
+        weight[own] = aggregation_weights(turn[own], columns["dialogue"][own], self.loss.aggregate)
+        weights = {"weight": weight}
+        if self.critic is not None:
+            weights["value_weight"] = (there & columns["valued"]).float()
+        units = self.engine.reduce(torch.stack([w.sum() for w in weights.values()]), "sum")
+        return {
+            name: w / unit.clamp_min(1)
+            for (name, w), unit in zip(weights.items(), units, strict=True)
+        }
+
+    def _over_processes(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Add up the numbers of all processes; take the largest of what ends in "_max"."""
+        found: dict[str, float] = {}
+        for how in ("sum", "max"):
+            names = sorted(name for name in totals if name.endswith("_max") == (how == "max"))
+            values = torch.tensor([totals[name] for name in names], dtype=torch.float64)
+            found.update(zip(names, self.engine.reduce(values, how).tolist(), strict=True))
         return found
 
     def _reference_logprobs(self, batch: TokenBatch) -> Tensor | None:
@@ -285,17 +359,36 @@ class PolicyUpdate:
             with self.model.disable_adapter():
                 return token_logprobs(self.model, batch, self.temperature)[0]
 
-    def _empty_pass(self) -> None:
-        """Take part in a pass without rows of our own: one token that weighs nothing.
+    def _idle(self, columns: Mapping[str, Tensor]) -> tuple[TokenBatch, dict[str, Tensor]]:
+        """A micro-batch for a pass without rows of our own: one token that weighs nothing.
 
         It goes through the wrapped model, whose forward pass is what readies the exchange.
         """
         row = PackedRow(torch.zeros(2, dtype=torch.int64), torch.tensor([-1, 0]), torch.zeros(2))
-        with self._autocast():
-            logprob, _ = token_logprobs(self.policy, collate([row], self.engine.device))
-        self.engine.backward(logprob.sum() * 0.0)
+        device = self.engine.device
+        nothing = {name: x.new_zeros(1, device=device) for name, x in columns.items()}
+        return self._collate([row], [0]), nothing
+
+    def _micro_batches(self, rows: Sequence[PackedRow], chosen: Sequence[int]) -> list[list[int]]:
+        """Split some rows into micro-batches."""
+        budget = self.config.micro_batch_tokens
+        places = micro_batches([rows[i] for i in chosen], budget)
+        return [[chosen[k] for k in piece] for piece in places]
+
+    def _collate(self, rows: Sequence[PackedRow], members: Sequence[int]) -> TokenBatch:
+        return collate([rows[i] for i in members], self.engine.device)
 
     def _autocast(self) -> torch.autocast:
         device = self.engine.device
         dtype = resolve_dtype(self.config.autocast, device)
         return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _summary(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over updates; of what ends in "_max", the largest."""
+    summary = {}
+    for name in updates[0]:
+        values = [numbers[name] for numbers in updates]
+        largest = name.endswith("_max")
+        summary[name] = max(values) if largest else sum(values) / len(values)
+    return summary
