@@ -3,10 +3,10 @@
 Shapes: ``x`` has any dimensions, one of which, ``dim``, is the channels C; vectors are ``[C]``.
 Half input is accumulated in float32 and rounded once.
 
-In eager mode on the CPU the kernels of torch's BatchNorm do the work, which read each tensor once:
-with statistics held at zero and one its derivative by gain and shift is ``sum(a b)`` and
-``sum(a)``, and its evaluation is ``x * scale + shift``. Under torch.compile and torch.export the
-formula itself is traced, for the compiler to fuse.
+On the CPU kernels of torch's BatchNorm do the work, which read each tensor once: with statistics
+held at zero and one its derivative by gain and shift is ``sum(a b)`` and ``sum(a)``, and its
+evaluation is ``x * scale + shift``. Compiled graphs call the first of them too: the compiler
+(torch 2.13) walks down the columns for such sums, several times as long.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normkit.errors import InputError
+from normkit.functional._capture import compiled_for_cpu, eager_on_cpu
 
 
 def check_channels(x: Tensor, channels: int, dim: int) -> None:
@@ -98,31 +99,18 @@ def channel_products(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     Returns:
         Both in float32 for half ``b``, else in the dtype of ``b``.
     """
-    dtype = _statistics(b)
-    if a.dtype != b.dtype or not _has_kernel(b):
-        others = _others(b, dim)
-        return (a.to(dtype) * b).sum(others), a.sum(others, dtype=dtype)
-    zero, one = b.new_zeros(b.shape[dim], dtype=dtype), b.new_ones(b.shape[dim], dtype=dtype)
-    rows = _channels_are_last(b, dim)
-    _, product, total = torch.ops.aten.native_batch_norm_backward(
-        _flat(a, dim, rows),
-        _flat(b, dim, rows),
-        one,
-        zero,
-        one,
-        None,
-        None,
-        False,  # by the statistics given
-        0.0,
-        [False, True, True],
-    )
-    return product, total
+    if a.dtype == b.dtype and compiled_for_cpu(b):
+        return _products_by_kernel(a, b, dim)
+    if a.dtype == b.dtype and eager_on_cpu(b):
+        return _products(a, b, dim)
+    dtype, others = _statistics(b), _others(b, dim)
+    return (a.to(dtype) * b).sum(others), a.sum(others, dtype=dtype)
 
 
 def scale_channels(x: Tensor, scale: Tensor, shift: Tensor | None, dim: int) -> Tensor:
     """``x * scale + shift`` per channel, shaped and typed like ``x``."""
     dtype = _statistics(x)
-    if x.dtype != dtype and _has_kernel(x):
+    if x.dtype != dtype and eager_on_cpu(x) and x.numel():
         # One pass in half precision; torch's other operations convert value by value.
         scale = scale.to(dtype)
         shift = None if shift is None else shift.to(dtype)
@@ -153,8 +141,36 @@ def _others(x: Tensor, dim: int) -> tuple[int, ...]:
     return tuple(d for d in range(x.dim()) if d != dim % x.dim())
 
 
-def _has_kernel(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+def _products(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    zero = b.new_zeros(b.shape[dim], dtype=_statistics(b))
+    one = torch.ones_like(zero)
+    if not b.numel():
+        return zero, zero.clone()
+    rows = _channels_are_last(b, dim)
+    _, product, total = torch.ops.aten.native_batch_norm_backward(
+        _flat(a, dim, rows),
+        _flat(b, dim, rows),
+        one,
+        zero,
+        one,
+        None,
+        None,
+        False,  # by the statistics given
+        0.0,
+        [False, True, True],
+    )
+    return product, total
+
+
+_products_by_kernel = torch.library.custom_op(
+    "normkit::channel_products", _products, mutates_args=()
+)
+
+
+@_products_by_kernel.register_fake
+def _(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    zero = b.new_empty(b.shape[dim], dtype=_statistics(b))
+    return zero, torch.empty_like(zero)
 
 
 def _channels_are_last(x: Tensor, dim: int) -> bool:

@@ -17,9 +17,11 @@ held at zero. With ``g = grad * weight`` and ``xhat = (x - mean) rstd`` that ker
 ``rstd (g - mean(g) - xhat mean(g xhat))``; RMSNorm's derivative lacks ``mean(g)``, which one pass
 adds back.
 
-That kernel adds the rows' shares of the weight's gradient up in the dtype of the input: over 4096
-rows of bfloat16 five to seven percent of it is lost (torch 2.13, relative root mean square). Here
-they are added up in float32, for LayerNorm too.
+Gradients of weight and bias are sums over rows. For float32 on the CPU the compiler (torch 2.13)
+walks down the columns for them, which takes longer than all the rest, so that compiled graphs call
+the kernel for these sums. For half input the kernel adds up in half precision: over 4096 rows of
+bfloat16 five to seven percent is lost (relative root mean square). Here they are added up in
+float32, for LayerNorm too.
 
 Shapes: ``*`` leading dimensions; D the product of ``normalized_shape``, or the last dimension.
 Differences from the authors' code: a bias where wanted, no partial RMSNorm.
@@ -36,6 +38,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from normkit.errors import InputError
+from normkit.functional._capture import compiled_for_cpu, eager_on_cpu
+from normkit.functional.channels import along, channel_products, scale_channels
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -70,11 +74,15 @@ def layer_norm(
     """
     shape = tuple(normalized_shape)
     check_normalized(x, shape)
-    exact = x.dtype not in _HALF or x.device.type != "cpu" or (weight is None and bias is None)
-    if exact or _traced(x, weight, bias):
+    affine = weight is not None or bias is not None
+    if _watched(x, weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps)
-    out, *_ = _HalfLayerNorm.apply(x, weight, bias, len(shape), eps)  # type: ignore[no-untyped-call]
-    return out  # type: ignore[no-any-return]
+    if affine and (_compiled_with_sums(x) or (x.dtype in _HALF and eager_on_cpu(x))):
+        out, *_ = _LayerNorm.apply(x, weight, bias, len(shape), eps)  # type: ignore[no-untyped-call]
+        return out  # type: ignore[no-any-return]
+    if compiled_for_cpu(x) and x.dtype not in _HALF:
+        return _layer_formula(x, len(shape), weight, bias, eps)[0]
+    return F.layer_norm(x, shape, weight, bias, eps)
 
 
 def rms_norm(
@@ -107,8 +115,9 @@ def rms_norm(
     check_normalized(x, shape)
     if eps is None:
         eps = torch.finfo(_accumulator(x)).eps
-    if _traced(x, weight, bias):
-        return _rms_formula(x, len(shape), weight, bias, eps)
+    traced = torch.compiler.is_compiling() and not _compiled_with_sums(x)
+    if traced or _watched(x, weight, bias):
+        return _rms_formula(x, len(shape), weight, bias, eps)[0]
     if x.device.type != "cpu":  # torch has a fused kernel there
         out = F.rms_norm(x, shape, weight, eps)
         return out if bias is None else out + bias
@@ -136,7 +145,7 @@ def crms_norm(z: Tensor, eps: float = 1e-5) -> Tensor:
         arXiv 2305.14858, section 3.3.
     """
     check_normalized(z, z.shape[-1:])
-    if _traced(z):
+    if torch.compiler.is_compiling() or _watched(z):
         return _crms_formula(z, eps)
     out, *_ = _CRMSNorm.apply(z, eps)  # type: ignore[no-untyped-call]
     return out  # type: ignore[no-any-return]
@@ -185,13 +194,16 @@ def check_normalized(x: Tensor, normalized_shape: tuple[int, ...]) -> None:
         )
 
 
-def _traced(*tensors: Tensor | None) -> bool:
+def _compiled_with_sums(x: Tensor) -> bool:
+    """Whether a compiled derivative would have sums over rows that the kernel is faster at."""
+    return compiled_for_cpu(x) and torch.is_grad_enabled() and x.dtype not in _HALF
+
+
+def _watched(*tensors: Tensor | None) -> bool:
     """Whether something other than plain reverse mode watches these tensors."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or any(t is not None and _dual(t) for t in tensors)
-    )
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and any(t is not None and _dual(t) for t in tensors)
 
 
 def _dual(t: Tensor) -> bool:
@@ -202,17 +214,30 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in _HALF else x.dtype
 
 
+def _trailing(k: int) -> tuple[int, ...]:
+    return tuple(range(-k, 0))
+
+
+def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    out = xhat if weight is None else xhat * weight
+    return (out if bias is None else out + bias).to(dtype)
+
+
+def _layer_formula(
+    x: Tensor, k: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(_trailing(k), keepdim=True)
+    centered = x - mean
+    rstd = (centered.square().mean(_trailing(k), keepdim=True) + eps).rsqrt()
+    return _affine(centered * rstd, weight, bias, x.dtype), mean, rstd
+
+
 def _rms_formula(
     x: Tensor, k: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     wide = x.to(_accumulator(x))
-    power = wide.square().mean(tuple(range(-k, 0)), keepdim=True)
-    out = wide * (power + eps).rsqrt()
-    if weight is not None:
-        out = out * weight
-    if bias is not None:
-        out = out + bias
-    return out.to(x.dtype)
+    rstd = (wide.square().mean(_trailing(k), keepdim=True) + eps).rsqrt()
+    return _affine(wide * rstd, weight, bias, x.dtype), rstd
 
 
 def _crms_formula(z: Tensor, eps: float) -> Tensor:
@@ -221,13 +246,15 @@ def _crms_formula(z: Tensor, eps: float) -> Tensor:
     return (wide * (power / (z.shape[-1] + 1) + eps).rsqrt()).to(z.dtype)
 
 
-class _HalfLayerNorm(torch.autograd.Function):
-    """LayerNorm of half input whose parameters' gradients are accumulated in float32."""
+class _LayerNorm(torch.autograd.Function):
+    """LayerNorm whose parameters' gradients are summed fast and in float32."""
 
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return _layer_formula(x, k, weight, bias, eps)
         # Parameters in float32 make the kernel keep its moments in float32.
         gain, shift = (None if p is None else p.float() for p in (weight, bias))
         return torch.native_layer_norm(x, x.shape[x.dim() - k :], gain, shift, eps)
@@ -243,30 +270,29 @@ class _HalfLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         x, weight, mean, rstd = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled():
-            mean = x.float().mean(tuple(range(-ctx.k, 0)), keepdim=True)
-            found = _rms_derivative(x - mean, weight, grad, ctx.k, ctx.eps)
-            dx = found[0] - found[0].mean(tuple(range(-ctx.k, 0)), keepdim=True)
-            return _typed((dx, *found[1:]), x, weight, ctx.bias_dtype, wanted)
-        found = _kernel(x, weight, grad, mean, rstd, ctx.k, wanted)
+        if torch.compiler.is_compiling():
+            dx = _derivative((x - mean) * rstd, rstd, weight, grad, ctx.k, centered=True)
+            found: Any = (dx, *_sums_by_kernel(grad, x, mean, rstd, ctx.k))
+        elif torch.is_grad_enabled():
+            found = _differentiable(x, weight, grad, ctx.k, ctx.eps, centered=True)
+        else:
+            found = _kernel(x, weight, grad, mean, rstd, ctx.k, wanted)
         return _typed(found, x, weight, ctx.bias_dtype, wanted)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm that saves ``x``, ``weight`` and one root a row.
-
-    A second derivative differentiates the formula, since the saved root is a constant to autograd.
-    """
+    """RMSNorm that saves ``x``, ``weight`` and one root a row."""
 
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
     ) -> tuple[Tensor, Tensor]:
-        dims = tuple(range(-k, 0))
-        size = x.shape[-k:].numel()
-        length = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=_accumulator(x))
-        rstd = length.square_().div_(size).add_(eps).rsqrt_()
-        out = x * rstd
+        if torch.compiler.is_compiling():
+            return _rms_formula(x, k, weight, bias, eps)
+        wide = x.to(_accumulator(x))  # first: operations on two dtypes are slow
+        length = torch.linalg.vector_norm(wide, dim=_trailing(k), keepdim=True)
+        rstd = length.square_().div_(x.shape[-k:].numel()).add_(eps).rsqrt_()
+        out = wide * rstd
         if weight is not None:
             out.mul_(weight)
         if bias is not None:
@@ -283,18 +309,21 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         x, weight, rstd = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled():
-            found = _rms_derivative(x, weight, grad, ctx.k, ctx.eps)
-            return _typed(found, x, weight, ctx.bias_dtype, wanted)
-        dx, dw, db = _kernel(x, weight, grad, torch.zeros_like(rstd), rstd, ctx.k, wanted)
-        if wanted[0]:
-            # The kernel took rstd * mean(grad * weight) off every member of a row.
-            rows = grad.flatten(-ctx.k)
-            gain = rows.new_ones(rows.shape[-1]) if weight is None else weight.flatten()
-            mean = rows @ gain.to(rows.dtype) / rows.shape[-1]
-            dx.add_(mean.reshape(rstd.shape) * rstd)
-        return _typed((dx, dw, db), x, weight, ctx.bias_dtype, wanted)
+        wanted, zero = list(ctx.needs_input_grad[:3]), torch.zeros_like(rstd)
+        if torch.compiler.is_compiling():
+            dx = _derivative(x * rstd, rstd, weight, grad, ctx.k, centered=False)
+            found: Any = (dx, *_sums_by_kernel(grad, x, zero, rstd, ctx.k))
+        elif torch.is_grad_enabled():
+            found = _differentiable(x, weight, grad, ctx.k, ctx.eps, centered=False)
+        else:
+            found = _kernel(x, weight, grad, zero, rstd, ctx.k, wanted)
+            if wanted[0]:
+                # The kernel took rstd * mean(grad * weight) off every member of a row.
+                rows = grad.flatten(-ctx.k)
+                gain = rows.new_ones(rows.shape[-1]) if weight is None else weight.flatten()
+                mean = rows @ gain.to(rows.dtype) / rows.shape[-1]
+                found[0].add_((mean.reshape(rstd.shape) * rstd).to(x.dtype))
+        return _typed(found, x, weight, ctx.bias_dtype, wanted)
 
 
 def _kernel(
@@ -305,11 +334,10 @@ def _kernel(
     rstd: Tensor,
     k: int,
     wanted: list[bool],
-) -> Any:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Derivatives of ``(x - mean) rstd weight + bias`` where mean and rstd are LayerNorm's."""
-    shape, leading = x.shape[x.dim() - k :], list(range(x.dim() - k))
+    shape, half = x.shape[x.dim() - k :], x.dtype in _HALF
     wide = rstd.new_ones(shape) if weight is None else weight.to(rstd.dtype).contiguous()
-    half = x.dtype in _HALF
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
         grad.contiguous(),
         x.contiguous(),
@@ -320,11 +348,28 @@ def _kernel(
         wide,
         [wanted[0], wanted[1] and not half, wanted[2] and not half],
     )
-    if half and wanted[1]:
-        dw = (x - mean).mul_(rstd).mul_(grad).sum(leading)
-    if half and wanted[2]:
-        db = grad.sum(leading, dtype=rstd.dtype)
+    if half and (wanted[1] or wanted[2]):
+        xhat = x.to(rstd.dtype).sub_(mean).mul_(rstd)
+        flat = (t.reshape(-1, shape.numel()) for t in (grad.to(rstd.dtype), xhat))
+        dw, db = (sums.reshape(shape) for sums in channel_products(*flat, -1))
     return dx, dw, db
+
+
+@torch.library.custom_op("normkit::norm_sums", mutates_args=())
+def _sums_by_kernel(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Sums over rows of ``grad (x - mean) rstd`` and of ``grad``."""
+    _, dw, db = _kernel(x, None, grad, mean, rstd, k, [False, True, True])
+    assert dw is not None
+    assert db is not None
+    return dw, db
+
+
+@_sums_by_kernel.register_fake
+def _(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = x.shape[x.dim() - k :]
+    return rstd.new_empty(shape), rstd.new_empty(shape)
 
 
 def _typed(
@@ -338,29 +383,39 @@ def _typed(
     return (*kept, None, None)
 
 
-def _rms_derivative(x: Tensor, weight: Tensor | None, grad: Tensor, k: int, eps: float) -> Any:
-    """First derivatives as a formula that can be differentiated again."""
-    dims = tuple(range(-k, 0))
+def _derivative(
+    xhat: Tensor, rstd: Tensor, weight: Tensor | None, grad: Tensor, k: int, *, centered: bool
+) -> Tensor:
+    """Derivative by ``x``, given what ``weight`` multiplies."""
+    g = grad if weight is None else grad * weight
+    if centered:
+        g = g - g.mean(_trailing(k), keepdim=True)
+    return rstd * (g - xhat * (g * xhat).mean(_trailing(k), keepdim=True))
+
+
+def _differentiable(
+    x: Tensor, weight: Tensor | None, grad: Tensor, k: int, eps: float, *, centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First derivatives as a formula of ``x``: to autograd what was saved is constant."""
     leading = list(range(x.dim() - k))
     wide, grad = x.to(_accumulator(x)), grad.to(_accumulator(x))
-    rstd = (wide.square().mean(dims, keepdim=True) + eps).rsqrt()
+    if centered:
+        wide = wide - wide.mean(_trailing(k), keepdim=True)
+    rstd = (wide.square().mean(_trailing(k), keepdim=True) + eps).rsqrt()
     xhat = wide * rstd
-    g = grad if weight is None else grad * weight
-    dx = rstd * (g - xhat * (g * xhat).mean(dims, keepdim=True))
+    dx = _derivative(xhat, rstd, weight, grad, k, centered=centered)
     return dx, (grad * xhat).sum(leading), grad.sum(leading)
 
 
 class _CRMSNorm(torch.autograd.Function):
-    """CRMSNorm that saves ``z``, its sum and one root a row."""
+    """CRMSNorm that saves ``z``, its sum and one root a row; its rows are the channels of sums."""
 
     @staticmethod
     def forward(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _accumulator(z)
-        total = z.sum(-1, keepdim=True, dtype=dtype)
-        length = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=dtype)
-        power = length.square_().addcmul_(total, total).div_(z.shape[-1] + 1)
-        rstd = power.add_(eps).rsqrt_()
-        return (z * rstd).to(z.dtype), total, rstd
+        rows = z.reshape(-1, z.shape[-1])
+        power, total = channel_products(rows, rows, 0)
+        rstd = power.addcmul_(total, total).div_(z.shape[-1] + 1).add_(eps).rsqrt_()
+        return scale_channels(rows, rstd, None, 0).reshape(z.shape), total, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -371,11 +426,19 @@ class _CRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         z, total, rstd = ctx.saved_tensors
-        wide, grad = z.to(rstd.dtype), grad.to(rstd.dtype)
+        rows, grads = (t.reshape(-1, z.shape[-1]) for t in (z, grad))
         if torch.is_grad_enabled():
-            total = wide.sum(-1, keepdim=True)
-            power = wide.square().sum(-1, keepdim=True) + total.square()
-            rstd = (power / (z.shape[-1] + 1) + ctx.eps).rsqrt()
-        along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * rstd.pow(3) / (z.shape[-1] + 1)
-        dz = torch.addcmul(grad * rstd, wide + total, along, value=-1)
-        return dz.to(z.dtype), None
+            return _crms_differentiable(rows, grads, ctx.eps).reshape(z.shape).to(z.dtype), None
+        pull = channel_products(grads, rows, 0)[0] * rstd.pow(3) / (z.shape[-1] + 1)
+        dz = scale_channels(grads.to(rstd.dtype), rstd, -pull * total, 0)
+        dz.addcmul_(rows.to(rstd.dtype), along(pull, rows, 0), value=-1)
+        return dz.reshape(z.shape).to(z.dtype), None
+
+
+def _crms_differentiable(rows: Tensor, grads: Tensor, eps: float) -> Tensor:
+    """The derivative of CRMSNorm as a formula of its input."""
+    wide, grads = rows.to(_accumulator(rows)), grads.to(_accumulator(rows))
+    d, total = rows.shape[-1] + 1, wide.sum(-1, keepdim=True)
+    rstd = ((wide.square().sum(-1, keepdim=True) + total.square()) / d + eps).rsqrt()
+    pull = torch.linalg.vecdot(grads, wide).unsqueeze(-1) * rstd.pow(3) / d
+    return grads * rstd - (wide + total) * pull
