@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from normkit import recipes
 from normkit.cli import main
+from normkit.recipes.base import Claim, Finding
 
 
 def test_list_shows_all_systems(capsys):
@@ -28,7 +30,7 @@ def test_list_shows_all_systems(capsys):
         (["dance"], "there is no command 'dance'"),
         (["run"], "name a system"),
         (["run", "nope"], "there is no system 'nope'"),
-        (["run", "mars"], "not built yet"),
+        (["run", "swan"], "not built yet"),
         (["run", "mapo", "--baseline", "nope"], "estimator must be one of"),
         (["verify", "mapo", "--claims", "nope"], "there is no claim nope"),
         (["report", "no-such-folder"], "is no-such-folder a run folder"),
@@ -75,13 +77,24 @@ def test_several_processes_need_one_folder(capsys, monkeypatch):
     assert "--folder" in capsys.readouterr().err
 
 
-def test_verify_keeps_its_findings(tmp_path, capsys):
-    assert main(["verify", "mapo", "--json", "--save", str(tmp_path)]) == 0
-    saved = json.loads((tmp_path / "mapo.json").read_text())
-    assert saved == json.loads(capsys.readouterr().out)
-    assert saved[0]["claim"] == "worked-numbers"
-    assert main(["verify", "mapo", "--claims", "turn-shift", "--save", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "mapo.json").read_text()) == saved
+def test_verify_keeps_its_measured_findings(tmp_path, monkeypatch):
+    def claim(name, kind, found):
+        finding = Finding("holds", f"{found:.1f}", {"seeds": [found, 1 / 3], "ends": (found, "b")})
+        return Claim(name, "it is so", "1", kind, lambda: finding)
+
+    def check(found, *options):
+        claims = [claim("a", "measured", found), claim("b", "exact", 0), claim("c", "measured", 5)]
+        system = replace(recipes.load("mapo"), claims=claims)
+        with monkeypatch.context() as patch:
+            patch.setattr(recipes, "load", lambda _: system)
+            assert main(["verify", "mapo", "--save", str(tmp_path), *options]) == 0
+        return json.loads((tmp_path / "mapo.json").read_text())
+
+    saved = check(1.0, "--measured")
+    assert [row["claim"] for row in saved] == ["a", "c"]
+    assert saved[0]["details"] == {"seeds": [1.0, 0.333333], "ends": [1.0, "b"]}
+    again = check(2.0, "--claims", "a")
+    assert [row["measured"] for row in again] == ["2.0", "5.0"]
 
 
 def test_importing_normkit_needs_no_extra():

@@ -34,6 +34,19 @@ def test_nan_is_null_in_json(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, 1.5, [None]]}
 
 
+def test_lists_of_numbers_stand_on_one_line_and_text_stays_as_it_is(tmp_path):
+    value = {
+        "numbers": [1, 2.5, True],
+        "text": ["a [\n 1,\n 2\n]", "b"],
+        "none": [],
+        "in": [[1], [2]],
+    }
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == value
+    assert '"numbers": [1, 2.5, true],' in text
+
+
 def test_rewinding_forgets_newer_and_broken_lines(tmp_path):
     logger = RunLogger(tmp_path, tensorboard=False)
     for step in (1, 2, 3):

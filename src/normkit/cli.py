@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,8 +48,8 @@ class VerifyOptions:
         system: the system to check; all built ones if not given.
         measured: also run the measured claims, which take minutes.
         claims: names of the claims to check; all if not given.
-        save: folder to write ``<system>.json`` to, with every figure behind the verdicts; claims
-            that stand there and are not checked now are kept.
+        save: folder to write the measured claims to as ``<system>.json``, with every figure behind
+            the verdicts; those that stand there and are not checked now are kept.
         json: print JSON instead of a table.
     """
 
@@ -165,13 +165,30 @@ def verify(arguments: Sequence[str]) -> None:
 
 
 def _save_findings(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep the measured claims of ``rows``; the others are checked with every run of the tests."""
+    rows = [{**row, "details": _rounded(row["details"])} for row in rows if _measured(row)]
     for name in dict.fromkeys(row["system"] for row in rows):
         file = folder / f"{name}.json"
         kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        found = {row["claim"]: row for row in kept}
+        found = {row["claim"]: row for row in kept if _measured(row)}
         found.update({row["claim"]: row for row in rows if row["system"] == name})
         order = [claim.name for claim in recipes.load(name).claims]
         write_json(file, [found[claim] for claim in order if claim in found])
+
+
+def _measured(row: Mapping[str, Any]) -> bool:
+    return bool(row["kind"] == "measured")
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every number: more are noise."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
 
 
 def _finding_row(slug: str, claim: Claim, finding: Finding) -> dict[str, Any]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# Strings in JSON hold no line breaks, so that this finds no part of one.
+_NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\n *\]')
 
 
 @contextmanager
@@ -94,8 +98,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` to ``path`` as indented JSON, whole or not at all (NaN becomes null)."""
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+    """Write ``value`` to ``path`` as indented JSON, whole or not at all (NaN becomes null).
+
+    A list of numbers stands on one line.
+    """
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False)
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_text(path, text + "\n")
 
 
 def finite(value: Any) -> Any:
