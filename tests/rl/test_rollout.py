@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 import transformers
 
 from normkit.errors import InputError, NormkitError
-from normkit.rl.environment import Reply
+from normkit.rl.dialogue import Dialogue, pack, turn_table
+from normkit.rl.environment import Reply, Step
 from normkit.rl.inference import RaggedDecoder, ReencodingDecoder
 from normkit.rl.rollout import Rollout, RolloutConfig, turn_uniforms
 from tests.rl.talk import ScriptedWorld, check_dialogue, plain_logprobs, said, tasks
@@ -276,7 +278,7 @@ def test_empty_replies_and_length_limits(model):
         assert not any(turn.truncated for turn in dialogue.turns)
         assert [turn.logprobs for turn in dialogue.turns] == [[pytest.approx(0.0, abs=1e-6)]] * 3
         assert len(dialogue.segments) == 1
-    assert world.sessions[0].replies == [Reply("", False)] * 3
+    assert world.sessions[0].replies == [Reply("", False, 1)] * 3
 
 
 def test_truncated_replies_are_closed_in_the_row(model):
@@ -451,3 +453,165 @@ def test_the_world_is_asked_outside_of_inference_mode(model):
             return super().step(sessions, replies)
 
     assert len(play(model, count=2, world=Learning(2))) == 2
+
+
+class Baton:
+    """One seat's sight of a game in which the seats speak one after another."""
+
+    system = "Pass it on."
+    message = ""
+
+    def __init__(self, task, seat, game):
+        self.task, self.seat, self.game, self.replies = task, seat, game, []
+
+
+class Relay:
+    """A game of ``length(seed)`` replies; reply number k earns its seat 1 and all seats 10 ** k."""
+
+    def __init__(self, seats=2, length=lambda seed: 5):
+        self.seats, self.length, self.max_turns = seats, length, 9
+        self.polled, self.together = 0, []
+
+    def start_seats(self, task, seed):
+        game = {"seed": seed, "log": [], "earned": [0.0] * self.seats, "over": False}
+        return [Baton(task, seat, game) for seat in range(self.seats)]
+
+    def seat(self, session):
+        return session.seat
+
+    def act(self, sessions, replies):
+        self.together.append(len(sessions))
+        for session, reply in zip(sessions, replies, strict=True):
+            game = session.game
+            assert not game["over"]
+            assert len(game["log"]) % self.seats == session.seat
+            session.replies.append(reply)
+            earned = game["earned"]
+            earned[session.seat] = 1.0
+            for seat in range(self.seats):
+                earned[seat] += 10.0 ** len(game["log"])
+            if reply == Reply("", truncated=True):
+                earned[session.seat], game["over"] = -5.0, True
+            game["log"].append(f"{session.seat} said {len(reply.text)}")
+            game["over"] |= len(game["log"]) >= self.length(game["seed"])
+
+    def poll(self, sessions):
+        self.polled += 1
+        return [self._told(session, session.game) for session in sessions]
+
+    def _told(self, session, game):
+        if game["over"]:
+            return Step(game["earned"][session.seat], None, "over", {"moves": len(game["log"])})
+        if len(game["log"]) % self.seats != session.seat:
+            return None
+        return Step(game["earned"][session.seat], f"{session.seat}: {game['log'][-1:]}")
+
+    def start(self, task, seed):
+        raise InputError("opponent: one session for every seat")
+
+    step = start
+
+    def tasks(self, split):
+        return ["relay"]
+
+    def score(self, session):
+        return {"score": float(len(session.replies))}
+
+
+def test_seats_of_a_game_have_a_dialogue_each_and_rewards_wait_for_the_others(model):
+    world = Relay(seats=2, length=lambda seed: 5)
+    dialogues = play(model, world=world, chosen=[("a", 0, 3), ("b", 1, 4)])
+    assert [(d.task, d.group, d.index, d.seed, d.agent) for d in dialogues] == [
+        ("a", 0, 0, 3, 0),
+        ("a", 0, 1, 3, 1),
+        ("b", 1, 2, 4, 0),
+        ("b", 1, 3, 4, 1),
+    ]
+    for first, second in (dialogues[:2], dialogues[2:]):
+        check_dialogue(first, model)
+        check_dialogue(second, model)
+        # Reply k pays 10 ** k to both; the first seat's 1 of before the second's turn is dropped.
+        assert [t.reward for t in first.turns] == [1 + 1 + 10, 1 + 100 + 1000, 1 + 10_000]
+        assert [t.reward for t in second.turns] == [1 + 10 + 100, 1 + 1000 + 10_000]
+        assert first.turns[-1].info == second.turns[-1].info == {"moves": 5}
+        assert {first.end_reason, second.end_reason} == {"over"}
+        assert (first.scores, second.scores) == ({"score": 3.0}, {"score": 2.0})
+    # Both games moved side by side, and a seat that waits holds nobody up.
+    assert world.together == [2] * 5
+    assert said(dialogues)[0] != said(dialogues)[1]
+
+
+@pytest.mark.parametrize("seats", [1, 2, 3])
+def test_games_do_not_depend_on_their_batch(model, seats):
+    def lengths(seed):
+        return 1 + seed % 6
+
+    def world():
+        return Relay(seats, lengths)
+
+    chosen = tasks(6)
+    together = play(model, world=world(), chosen=chosen)
+    assert len(together) == 6 * seats
+    for size in (1, 3, 4):
+        assert said(play(model, world=world(), chosen=chosen, batch_size=size)) == said(together)
+    for i, task in enumerate(chosen):
+        alone = play(model, world=world(), chosen=[task])
+        assert said(alone) == said(together[i * seats : (i + 1) * seats])
+
+
+def test_a_seat_without_a_turn_has_an_empty_dialogue_that_trains_nothing(model):
+    dialogues = play(model, world=Relay(3, lambda seed: 1), chosen=tasks(2))
+    assert [len(d.turns) for d in dialogues] == [1, 0, 0] * 2
+    assert [d.segments == [] for d in dialogues] == [False, True, True] * 2
+    assert {d.end_reason for d in dialogues} == {"over"}
+    table, rows = turn_table(dialogues), pack(dialogues)
+    assert table.reward.tolist() == [2.0, 2.0]
+    assert (table.dialogue.tolist(), table.agent.tolist()) == ([0, 3], [0, 0])
+    assert [int(row.turn_row.max()) for row in rows] == [0, 1]
+    assert Dialogue.from_json(dialogues[1].to_json()) == dialogues[1]
+
+
+def test_a_game_that_is_over_before_it_began_has_no_turns(model):
+    class Over(Relay):
+        def start_seats(self, task, seed):
+            sessions = super().start_seats(task, seed)
+            sessions[0].game["over"] = seed % 2 == 0
+            return sessions
+
+    dialogues = play(model, world=Over(), chosen=tasks(4), batch_size=2)
+    assert [len(d.turns) for d in dialogues] == [0, 0, 3, 2] * 2
+    assert play(model, world=Over(), chosen=[("a", 0, 0)])[1].end_reason == "over"
+
+
+def test_a_seat_whose_context_is_full_is_given_up(model):
+    class Wordy(Relay):
+        def _told(self, session, game):
+            step = super()._told(session, game)
+            if step is not None and step.message and len(game["log"]) == 3:
+                return replace(step, message="x" * 300)
+            return step
+
+    dialogues = play(model, world=Wordy(), chosen=[("a", 0, 3)], max_context=200)
+    other, given_up = dialogues
+    assert (other.end_reason, given_up.end_reason) == ("over", "context")
+    # The last turn keeps what it had (replies 1 and 2) and bears what giving up costs.
+    assert [t.reward for t in given_up.turns] == [1 + 10 + 100 - 5]
+    assert given_up.scores == {"score": 2.0}
+    assert [t.reward for t in other.turns] == [1 + 1 + 10, 1 + 100 + 1000]
+
+
+def test_a_world_in_which_everyone_waits_is_an_error(model):
+    class Stuck(Relay):
+        def poll(self, sessions):
+            return [None] * len(sessions)
+
+    with pytest.raises(NormkitError, match="wait for one another"):
+        play(model, world=Stuck(), chosen=tasks(2))
+
+
+def test_seats_draw_numbers_of_their_own():
+    assert np.array_equal(turn_uniforms(5, 2, 4, 0), turn_uniforms(5, 2, 4))
+    many = np.concatenate(
+        [turn_uniforms(s, t, 20, a) for s in range(9) for t in range(9) for a in range(3)]
+    )
+    assert len(np.unique(many)) == many.size

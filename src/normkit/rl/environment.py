@@ -3,13 +3,16 @@
 A *session* is one dialogue between the policy and the world. The world speaks first. A batch of
 sessions is stepped together so that judges and simulators see whole batches; sessions of one batch
 may stand at different turns and end at different times.
+
+In a :class:`SeatedEnvironment` several sessions share one game: each is what one seat sees, and a
+session waits while the other seats move.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -25,10 +28,12 @@ class Reply:
     Attributes:
         text: the reply without special tokens; may be empty.
         truncated: True where it was cut at the length limit.
+        tokens: its length in tokens; 0 where that is not known.
     """
 
     text: str
     truncated: bool = False
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,37 @@ class Environment(Protocol[S]):
 
     def score(self, session: S) -> dict[str, float]:
         """Metrics of a session as it stands; the key ``"score"`` is the headline."""
+
+
+@runtime_checkable
+class SeatedEnvironment(Environment[S], Protocol[S]):
+    """A world whose sessions may have to wait for one another, as the seats of a game do.
+
+    What :meth:`Environment.step` does in one call is two here: replies are taken, and what follows
+    from them is asked for, as often as it takes. Every session waits until it is told that it is
+    its turn, the first time too: there :meth:`poll` brings the message that opens the dialogue, or
+    the end of a game in which the seat never had a turn. Rewards from before a seat's first turn
+    belong to no turn and are dropped.
+    """
+
+    def start_seats(self, task: str, seed: int) -> Sequence[S]:
+        """Open a game: one session for each seat that the policy plays, in their order."""
+
+    def seat(self, session: S) -> int:
+        """The seat that a session is seen from."""
+
+    def act(self, sessions: Sequence[S], replies: Sequence[Reply]) -> None:
+        """Take one reply of each given session; all of them wait from here on.
+
+        A session whose context is full is given up with an empty, truncated reply.
+        """
+
+    def poll(self, sessions: Sequence[S]) -> list[Step | None]:
+        """What waiting sessions were waiting for, in order; None for those that go on waiting.
+
+        The step completes the last turn: its reward holds all that the seat collected since its
+        reply, the other seats' moves included.
+        """
 
 
 def evaluation_tasks(

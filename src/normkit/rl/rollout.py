@@ -3,8 +3,11 @@
 All dialogues of a batch take their turns side by side. What a turn adds (the next message of the
 user) is encoded in one pass, replies are sampled together, and nothing is encoded twice unless a
 dialogue outgrows its context. Sampling needs no random state: the uniforms of turn t of a dialogue
-with seed s are a function of (s, t) alone, so a dialogue comes out the same in another batch, or in
-a run that was killed and resumed (up to the rounding of the logits).
+with seed s are a function of (s, t) and the seat alone, so a dialogue comes out the same in another
+batch, or in a run that was killed and resumed (up to the rounding of the logits).
+
+In a :class:`~normkit.rl.environment.SeatedEnvironment` a task is a game with one dialogue for each
+seat. All games go side by side; a seat that waits for the others keeps its part of the cache.
 
 Shapes: B rows, V vocabulary.
 """
@@ -20,10 +23,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from normkit.errors import InputError
+from normkit.errors import InputError, NormkitError
 from normkit.rl.chat_format import ChatFormat
 from normkit.rl.dialogue import Dialogue, Segment, Turn
-from normkit.rl.environment import Environment, Reply, S
+from normkit.rl.environment import Environment, Reply, S, SeatedEnvironment, Step
 from normkit.rl.inference import Decoder, InferenceCopy, make_decoder, unwrap
 from normkit.rl.models import DtypeName, resolve_dtype
 from normkit.rl.sampling import sample
@@ -43,7 +46,8 @@ class RolloutConfig:
         top_p: replies are sampled from the smallest set of tokens with at least this probability.
         greedy: take the most probable token; ``top_p`` has no effect then.
         max_context: longest row in tokens, reply included; None takes the model's.
-        batch_size: most dialogues side by side; None for all. Bounds the KV cache.
+        batch_size: most dialogues side by side; None for all. Bounds the KV cache. The dialogues
+            of one game are never apart.
         max_tokens: most tokens that are encoded in one forward pass. Bounds activations.
         dtype: dtype of the inference copy; "auto" is bfloat16 where the hardware multiplies it.
     """
@@ -88,6 +92,7 @@ class _Live:
         dialogue: what has been collected so far; its last segment is the row in the cache.
         session: the session in the world.
         message: what the user said last.
+        waiting: True while other seats move.
         cached: tokens of the last segment that the cache holds.
         reply: tokens sampled in this turn.
         logprobs: their log-probabilities.
@@ -98,6 +103,7 @@ class _Live:
     dialogue: Dialogue
     session: Any
     message: str
+    waiting: bool = False
     cached: int = 0
     reply: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -111,6 +117,18 @@ class _Live:
     @property
     def row(self) -> list[int]:
         return self.dialogue.segments[-1].token_ids
+
+    def hear(self, step: Step) -> None:
+        """Take in the world's answer to the last turn, or what opens the dialogue."""
+        self.waiting = False
+        if self.dialogue.turns:
+            turn = self.dialogue.turns[-1]
+            turn.reward += step.reward
+            turn.info = {**turn.info, **step.info}
+        if step.message is None:
+            self.dialogue.end_reason = self.dialogue.end_reason or step.end_reason or "end"
+        else:
+            self.message = step.message
 
 
 class Rollout:
@@ -157,12 +175,13 @@ class Rollout:
         tasks: Sequence[tuple[str, int, int]],
         progress: Progress | None = None,
     ) -> list[Dialogue]:
-        """Play one dialogue per task.
+        """Play one dialogue per task, or one per seat of each task's game.
 
         A dialogue that would exceed ``max_context`` drops its oldest turns: the system prompt
         stays, with the most recent turns that together fill at most half of the context (the last
         message at least), and a new segment begins. Where the last message alone leaves no room for
-        a reply, the dialogue ends with the reason "context".
+        a reply, the dialogue ends with the reason "context"; a seat is given up so, and what that
+        costs is added to its last turn.
 
         Args:
             environment: the world.
@@ -171,25 +190,30 @@ class Rollout:
             progress: called after every round of turns.
 
         Returns:
-            One dialogue per task, in order.
+            One dialogue per task, in order; in a seated environment those of all seats, task by
+            task. A seat whose game ended before its turn came has a dialogue without turns.
 
         Raises:
             InputError: when a first message leaves no room for a reply.
         """
-        waiting = [self._start(environment, i, *task) for i, task in enumerate(tasks)]
-        dialogues = [live.dialogue for live in waiting]
+        waiting: list[list[_Live]] = []
+        for task in tasks:
+            waiting.append(self._start(environment, sum(map(len, waiting)), *task))
+        dialogues = [live.dialogue for lives in waiting for live in lives]
         waiting.reverse()
         running: list[_Live] = []
+        room = self.config.batch_size or len(dialogues)
         try:
             while running or waiting:
-                while waiting and len(running) < (self.config.batch_size or len(dialogues)):
-                    running.append(waiting.pop())
-                running = self._round(environment, running)
+                while waiting and (not running or len(running) + len(waiting[-1]) <= room):
+                    running += self._settle(environment, waiting.pop())
+                if running:
+                    running = self._round(environment, running)
                 if progress is not None:
                     done = sum(len(dialogue.turns) for dialogue in dialogues)
                     left = sum(
                         environment.max_turns - len(live.dialogue.turns)
-                        for live in (*running, *waiting)
+                        for live in (*running, *(live for lives in waiting for live in lives))
                     )
                     progress(done, done + left)
         finally:
@@ -198,42 +222,61 @@ class Rollout:
 
     def _start(
         self, environment: Environment[S], index: int, task: str, group: int, seed: int
-    ) -> _Live:
+    ) -> list[_Live]:
+        """Open the sessions of a task; their dialogues are numbered from ``index`` on."""
         if seed < 0:
             raise InputError(f"tasks: a seed must be at least 0, got {seed}")
-        session = environment.start(task, seed)
-        dialogue = Dialogue(task, group, index, seed, session.system, [], [], "", {})
-        return _Live(dialogue, session, session.message)
+        if not isinstance(environment, SeatedEnvironment):
+            session = environment.start(task, seed)
+            dialogue = Dialogue(task, group, index, seed, session.system, [], [], "", {})
+            return [_Live(dialogue, session, session.message)]
+        lives: list[_Live] = []
+        for session in environment.start_seats(task, seed):
+            place, seat = index + len(lives), environment.seat(session)
+            dialogue = Dialogue(task, group, place, seed, session.system, [], [], "", {}, seat)
+            lives.append(_Live(dialogue, session, "", waiting=True))
+        return lives
 
     def _round(self, environment: Environment[S], running: list[_Live]) -> list[_Live]:
-        """Let every running dialogue take one turn; return those that go on."""
-        speaking = [live for live in running if self._prepare(live)]
+        """Let every dialogue whose turn it is take it; return those that go on."""
+        ready = [live for live in running if not live.waiting]
+        if not ready:
+            raise NormkitError("environment: all sessions wait for one another")
+        speaking = [live for live in ready if self._prepare(live)]
         self._generate(speaking)
-        replies = [Reply(self.format.decode(live.reply), live.truncated) for live in speaking]
-        steps = environment.step([live.session for live in speaking], replies) if speaking else []
-        finished = [live for live in running if live not in speaking]
-        for live, reply, step in zip(speaking, replies, steps, strict=True):
+        replies = []
+        for live in speaking:
+            text = self.format.decode(live.reply)
+            replies.append(Reply(text, live.truncated, len(live.reply)))
             live.dialogue.turns.append(
-                Turn(
-                    message=live.message,
-                    reply=reply.text,
-                    token_ids=live.reply,
-                    logprobs=live.logprobs,
-                    truncated=live.truncated,
-                    reward=step.reward,
-                    info=step.info,
-                )
+                Turn(live.message, text, live.reply, live.logprobs, live.truncated, 0.0)
             )
-            if step.message is None:
-                live.dialogue.end_reason = step.end_reason or "end"
-                finished.append(live)
-            else:
-                live.message = step.message
+        if isinstance(environment, SeatedEnvironment):
+            full = [live for live in ready if live not in speaking]
+            replies += [Reply("", truncated=True)] * len(full)
+            environment.act([live.session for live in (*speaking, *full)], replies)
+            for live in ready:
+                live.waiting = True
+        elif speaking:
+            steps = environment.step([live.session for live in speaking], replies)
+            for live, step in zip(speaking, steps, strict=True):
+                live.hear(step)
+        return self._settle(environment, running)
+
+    def _settle(self, environment: Environment[S], lives: list[_Live]) -> list[_Live]:
+        """Tell waiting dialogues what there is to tell, close finished ones, return the others."""
+        waiting = [live for live in lives if live.waiting]
+        if isinstance(environment, SeatedEnvironment) and waiting:
+            steps = environment.poll([live.session for live in waiting])
+            for live, step in zip(waiting, steps, strict=True):
+                if step is not None:
+                    live.hear(step)
+        finished = [live for live in lives if not live.waiting and live.dialogue.end_reason]
         for live in finished:
             live.dialogue.scores = environment.score(live.session)
         self._release(finished)
         over = {live.slot for live in finished}
-        return [live for live in running if live.slot not in over]
+        return [live for live in lives if live.slot not in over]
 
     @torch.inference_mode()
     def _release(self, lives: Sequence[_Live]) -> None:
@@ -299,7 +342,10 @@ class Rollout:
         config = self.config
         uniforms = {
             live.slot: turn_uniforms(
-                live.dialogue.seed, len(live.dialogue.turns), config.max_new_tokens
+                live.dialogue.seed,
+                len(live.dialogue.turns),
+                config.max_new_tokens,
+                live.dialogue.agent,
             )
             for live in speaking
         }
@@ -359,12 +405,13 @@ class Rollout:
         return logits
 
 
-def turn_uniforms(seed: int, turn: int, count: int) -> npt.NDArray[np.float64]:
+def turn_uniforms(seed: int, turn: int, count: int, agent: int = 0) -> npt.NDArray[np.float64]:
     """Uniform numbers in [0, 1) that turn ``turn`` of a dialogue is sampled with ``[count]``.
 
     A function of its arguments alone; the numbers of a smaller count begin those of a larger one.
     """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, turn]))).random(count)
+    entropy = [seed, turn, agent] if agent else [seed, turn]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy))).random(count)
 
 
 def _declared_ends(base: Any) -> list[int]:
