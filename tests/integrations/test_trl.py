@@ -103,6 +103,29 @@ def test_the_same_dialogues_get_the_advantages_of_our_trainer(name, tmp_path):
     assert not bool(output["advantages"][output["tool_mask"] == 0].any())
 
 
+def test_agents_are_credited_apart(tmp_path):
+    _, dialogues = played()
+    for dialogue in dialogues:
+        dialogue.agent = dialogue.index % 2
+    output = batch_of(theirs(tmp_path, dialogues, estimator="mars"))
+    table = turn_table(dialogues)
+    rows = (table.reward, table.dialogue, table.turn, table.group)
+    expected = estimate("mars", *rows, agent=table.agent)
+    mask = (output["completion_mask"] * output["tool_mask"]).bool()
+    lengths = torch.tensor([len(turn.token_ids) for d in dialogues for turn in d.turns])
+    torch.testing.assert_close(
+        output["advantages"][mask].double(),
+        expected.repeat_interleave(lengths),
+        atol=1e-6,
+        rtol=1e-6,
+    )
+    # Every seat of every game is centered by itself.
+    for game, seat in {*zip(table.group.tolist(), table.agent.tolist(), strict=True)}:
+        pool = (table.group == game) & (table.agent == seat)
+        assert float(expected[pool].sum()) == pytest.approx(0, abs=1e-9)
+    assert not torch.allclose(expected, estimate("mars", *rows))
+
+
 def test_a_step_has_the_gradient_of_our_trainer(tmp_path):
     ours, dialogues = played(max_grad_norm=1e9)
     trainer = theirs(tmp_path, dialogues, loss_type="dapo")

@@ -69,6 +69,22 @@ def test_tokens_get_what_the_rows_of_a_loop_get(grid, explicit, name, data):
     )
 
 
+@given(grids(), st.sampled_from(["mars", "mapo", "grpo"]), st.data())
+@settings(max_examples=50, deadline=None)
+def test_agents_are_credited_apart(grid, name, data):
+    """Whether they are named beside the groups or within them."""
+    reward, mask, _ = grid
+
+    def drawn(labels):
+        given = data.draw(st.lists(st.sampled_from(labels), min_size=len(mask), max_size=len(mask)))
+        return np.array(given, dtype=object)
+
+    index, agent = drawn("xy"), drawn("ab")
+    found, _ = verl_advantage(name, reward, mask, index, non_tensor_batch={"agent": agent})
+    within, _ = verl_advantage(name, reward, mask, index + agent)
+    torch.testing.assert_close(found, within, atol=1e-5, rtol=1e-5)
+
+
 @given(grids(), st.integers(0, 6))
 @settings(max_examples=50, deadline=None)
 def test_padding_and_the_place_of_a_reward_in_its_turn_change_nothing(grid, padding):
@@ -120,6 +136,11 @@ def test_bad_input_is_refused():
         verl_advantage("mapo", reward, torch.ones(2, 3), np.zeros(3))
     with pytest.raises(InputError, match="same shape"):
         verl_advantage("mapo", reward, torch.ones(2, 4), np.zeros(2))
+    seats = {"agent": np.zeros(3)}
+    with pytest.raises(InputError, match="agent must have one element per dialogue"):
+        verl_advantage("mars", reward, torch.ones(2, 3), np.zeros(2), non_tensor_batch=seats)
+    with pytest.raises(InputError, match="'ppo' needs a critic"):
+        verl_advantage("ppo", reward, torch.ones(2, 3), np.zeros(2))
 
 
 def test_every_estimator_without_a_critic_has_a_plain_name():

@@ -50,7 +50,9 @@ class TurnAdvantageTrainer(GRPOTrainer):  # type: ignore[misc]
       assistant message;
     - else TRL's own reward of the completion, earned in its last turn.
 
-    A reward that is NaN or None is unknown. Statistics are those of all processes together.
+    A reward that is NaN or None is unknown. Where the rollout's output has a field ``agent``, a
+    number per completion (the seat in a game), agents are credited apart. Statistics are those of
+    all processes together.
 
     Args:
         model: a model or name, as TRL takes it.
@@ -107,7 +109,8 @@ class TurnAdvantageTrainer(GRPOTrainer):  # type: ignore[misc]
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         turn = self._turns(inputs, output)
         rewards = self._turn_rewards(inputs, turn)
-        advantage, mean = self._advantages(rewards, turn)
+        agents = [int(example.get("agent", 0)) for example in inputs]
+        advantage, mean = self._advantages(rewards, turn, agents)
         output["advantages"] = advantage.to(output["advantages"])
         # TRL has logged an advantage per completion; the mean over its turns is what it got.
         logged = self._logs["advantages"]
@@ -147,16 +150,20 @@ class TurnAdvantageTrainer(GRPOTrainer):  # type: ignore[misc]
         return rewards
 
     def _advantages(
-        self, rewards: Sequence[Sequence[float]], turn: Tensor
+        self, rewards: Sequence[Sequence[float]], turn: Tensor, agents: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Advantage of each token ``[B, L]``, and the means over turns of all completions."""
         size, rank = len(rewards), int(self.accelerator.process_index)
         rows = torch.tensor(
-            [(r, rank * size + b, t) for b, row in enumerate(rewards) for t, r in enumerate(row)],
+            [
+                (r, rank * size + b, t, agents[b])
+                for b, row in enumerate(rewards)
+                for t, r in enumerate(row)
+            ],
             dtype=torch.float64,
-        ).reshape(-1, 3)
+        ).reshape(-1, 4)
         everyone = self._gather_rows(rows)
-        dialogue, index = everyone[:, 1].long(), everyone[:, 2].long()
+        dialogue, index, agent = everyone[:, 1:].long().unbind(1)
         members = self.num_generations if self.model.training else self.num_generations_eval
         advantage = estimate(
             self.estimator,
@@ -164,6 +171,7 @@ class TurnAdvantageTrainer(GRPOTrainer):  # type: ignore[misc]
             dialogue,
             index,
             dialogue // members,
+            agent=agent,
             **self.estimator_options,
         )
         ours = advantage[(dialogue >= rank * size) & (dialogue < (rank + 1) * size)]
@@ -279,7 +287,8 @@ def completions(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
 
     Returns:
         ``prompt_ids``, ``completion_ids``, ``logprobs`` (0 on tokens not sampled), ``env_mask``,
-        ``turn_ids``, ``turn_rewards`` and ``scores``: lists with one element per dialogue.
+        ``turn_ids``, ``turn_rewards``, ``agent`` and ``scores``: lists with one element per
+        dialogue.
 
     Raises:
         InputError: for a dialogue that outgrew its context: TRL trains one row per completion.
@@ -303,6 +312,7 @@ def completions(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
         fields["env_mask"].append(sampled[begin:].long().tolist())
         fields["turn_ids"].append(turn[begin:].tolist())
     fields["turn_rewards"] = [[turn.reward for turn in d.turns] for d in dialogues]
+    fields["agent"] = [d.agent for d in dialogues]
     fields["scores"] = [d.scores["score"] for d in dialogues]
     return fields
 

@@ -10,8 +10,9 @@ to do in each of its processes::
 
 The discount is verl's ``algorithm.gamma``; ``algorithm.normkit`` holds the estimator's other
 options. Written against verl 0.9.1, which hands an estimator rewards and mask per token and the
-group (``uid``) of each dialogue, but no turn numbers and no values: turns are the runs of the mask,
-and "ppo", which needs a critic, is not registered (verl has "gae" of its own).
+group (``uid``) of each dialogue, but no turn numbers, agents or values: turns are the runs of the
+mask, agents come from a trainer of your own or are part of the ``uid``, and "ppo", which needs a
+critic, is not registered (verl has "gae" of its own).
 
 Only :func:`register` imports verl.
 
@@ -41,6 +42,7 @@ def verl_advantage(
     index: Any = None,
     config: Any = None,
     turn_ids: Tensor | None = None,
+    non_tensor_batch: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Advantage of every token of a batch in verl's layout.
@@ -55,29 +57,33 @@ def verl_advantage(
         config: verl's ``algorithm``: ``gamma``, and ``normkit`` with further options.
         turn_ids: turn of each token ``[B, L]``; runs of the mask if None. verl 0.9.1 does not pass
             it; a trainer of your own may.
+        non_tensor_batch: its ``agent`` says who spoke in each dialogue ``[B]``, of any hashable
+            kind: a seat in a game. verl 0.9.1 passes it to an estimator of its own alone.
 
     Returns:
         Advantages and returns ``[B, L]``, 0 outside the mask. As in verl's own estimators without a
         critic, the returns are the advantages.
 
     Raises:
-        InputError: without ``index``, for shapes that differ, or an option that is not there.
+        InputError: without ``index``, for shapes that differ, for an estimator that needs a critic,
+            or an option that is not there.
     """
+    if get_estimator(name).needs:
+        raise InputError(f"estimator {name!r} needs a critic, which verl does not hand over")
     if index is None:
         raise InputError("index must name the group of each dialogue (verl's uid), got None")
-    group = torch.from_numpy(np.unique(np.asarray(index), return_inverse=True)[1])
-    if group.shape != token_level_rewards.shape[:1]:
-        raise InputError(
-            f"index must have one element per dialogue ({len(token_level_rewards)}), "
-            f"got shape {tuple(group.shape)}"
-        )
     turns = grid_turns(token_level_rewards, response_mask, turn_ids)
+    size, dialogue = len(token_level_rewards), turns.dialogue
+    agent = (non_tensor_batch or {}).get("agent")
+    if agent is not None:
+        agent = _numbered("agent", agent, size).to(dialogue.device)[dialogue]
     advantage = estimate(
         name,
         turns.reward,
-        turns.dialogue,
+        dialogue,
         turns.turn,
-        group.to(turns.dialogue.device)[turns.dialogue],
+        _numbered("index", index, size).to(dialogue.device)[dialogue],
+        agent=agent,
         **_options(name, config),
     )
     tokens = to_tokens(advantage, turns.turn_row).to(token_level_rewards.dtype)
@@ -113,6 +119,16 @@ def register() -> tuple[str, ...]:
     for name, function in REGISTERED.items():
         register_adv_est(name)(function)
     return tuple(REGISTERED)
+
+
+def _numbered(name: str, labels: Any, size: int) -> Tensor:
+    """Number labels of dialogues, equal ones alike ``[B]``."""
+    numbers = torch.from_numpy(np.unique(np.asarray(labels), return_inverse=True)[1])
+    if numbers.shape != (size,):
+        raise InputError(
+            f"{name} must have one element per dialogue ({size}), got shape {tuple(numbers.shape)}"
+        )
+    return numbers
 
 
 def _options(name: str, config: Any) -> dict[str, Any]:
