@@ -32,8 +32,7 @@ _FORMAT = (
     "<answer>ANSWER</answer> ends the dialogue; the answer is a name or a few words.\n"
     "A question may take several searches, each for what the one before it found."
 )
-_ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"</?\s*(search|answer|information)\s*>", re.IGNORECASE)
+_TAG = re.compile(r"<(/?)(search|answer|information)>", re.IGNORECASE)
 _MALFORMED = "Write exactly one action: <search>QUERY</search> or <answer>ANSWER</answer>."
 
 
@@ -90,11 +89,12 @@ def read_action(text: str, max_characters: int) -> Action:
         text: the reply.
         max_characters: longest query or answer.
     """
-    found = list(_ACTION.finditer(text))
-    # A tag too many, closed or not, leaves open what is meant.
-    if len(found) != 1 or len(_TAG.findall(text)) != 2:
+    tags = list(_TAG.finditer(text))
+    names = [(tag[1], tag[2].lower()) for tag in tags]
+    # A tag too many leaves open what is meant.
+    if names not in ([("", "search"), ("/", "search")], [("", "answer"), ("/", "answer")]):
         return Action("malformed", _MALFORMED)
-    kind, content = found[0][1].lower(), found[0][2].strip()
+    kind, content = names[0][1], text[tags[0].end() : tags[1].start()].strip()
     if not content:
         return Action("malformed", f"The {kind} is empty. {_MALFORMED}")
     if len(content) > max_characters:
@@ -142,7 +142,8 @@ class SearchWorld:
 
     Args:
         config: options of the world.
-        passages: what is searched; the invented land if None.
+        passages: what is searched, or a searcher over it, which has its own number of hits; the
+            invented land if None.
         questions: those of each split, with different ids; those about the land if None.
 
     Raises:
@@ -154,12 +155,12 @@ class SearchWorld:
     def __init__(
         self,
         config: SearchWorldConfig | None = None,
-        passages: Sequence[Passage] | None = None,
+        passages: Sequence[Passage] | Searcher | None = None,
         questions: Mapping[Split, Sequence[Question]] | None = None,
     ) -> None:
         self.config = config or SearchWorldConfig()
         given = land_passages() if passages is None else passages
-        self.searcher = Searcher(given, self.config.hits)
+        self.searcher = given if isinstance(given, Searcher) else Searcher(given, self.config.hits)
         self._splits: dict[Split, list[str]] = {"train": [], "heldout": []}
         self.questions: dict[str, Question] = {}
         for split, names in self._splits.items():
