@@ -35,27 +35,27 @@ class Arm:
 
     Attributes:
         ratio: what shares an importance ratio.
-        corrected: whether the gradient is divided by the size of its clipping bias.
+        correction: what is made of the clipping bias.
         critic: whether advantages come from a critic, or from the group's mean and deviation.
     """
 
     ratio: Level
-    corrected: bool = False
+    correction: Mode = "measure"
     critic: bool = True
-
-    def mode(self, mode: Mode) -> Mode:
-        """How the method treats its clipping bias, when corrections are made in a mode."""
-        return mode if self.corrected else "measure"
 
 
 ARMS: Mapping[str, Arm] = {
     "PPO": Arm("token"),
     "Turn-PPO": Arm("turn"),
-    "S-PPO": Arm("token", corrected=True),
-    "ST-PPO": Arm("turn", corrected=True),
+    "S-PPO": Arm("token", "ratio"),
+    "ST-PPO": Arm("turn", "ratio"),
+    "ST-PPO (8)": Arm("turn", "paper"),
     "GSPO": Arm("sequence", critic=False),
     "GRPO": Arm("token", critic=False),
 }
+"""Corrections are made by "ratio", which has no constant to choose: the clipping bias of small
+policies is far below the floor of 1. "ST-PPO (8)" is the paper's equation; the maximum norm serves
+it as a floor."""
 
 
 class Tokens(NamedTuple):
@@ -119,3 +119,9 @@ def group_advantage(reward: Tensor, group_size: int) -> Tensor:
     groups = reward.view(*reward.shape[:-1], -1, group_size)
     deviation = groups.std(-1, keepdim=True) + 1e-6
     return ((groups - groups.mean(-1, keepdim=True)) / deviation).view_as(reward)
+
+
+def limited(gradient: Tensor) -> Tensor:
+    """Gradients ``[R, P]`` of no larger norm than :data:`MAX_NORM`."""
+    size: Tensor = gradient.norm(dim=1, keepdim=True)
+    return gradient * (MAX_NORM / size.clamp(min=MAX_NORM))

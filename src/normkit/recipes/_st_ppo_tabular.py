@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from normkit.optim import correction_factor
-from normkit.optim.clipping_bias import Mode
 from normkit.recipes._st_ppo_arms import (
     GROUP,
-    MAX_NORM,
     Arm,
     Tokens,
     coefficients,
     group_advantage,
+    limited,
 )
 from normkit.recipes._st_ppo_chain import (
     CELLS,
@@ -163,7 +162,6 @@ def train(
     rates: Tensor,
     schedule: Schedule,
     seed: int,
-    mode: Mode = "ratio",
     lemma: bool = False,
 ) -> History:
     """Train one policy per learning rate, all from the uniform policy.
@@ -173,7 +171,6 @@ def train(
         rates: learning rate of Adam for each run ``[R]``.
         schedule: how much is sampled and updated.
         seed: of all runs together; run r has the same luck under every method.
-        mode: how the gradient is corrected, where the method does.
         lemma: also measure the lemma's terms and the agreement with the exact gradient; else NaN.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -209,17 +206,11 @@ def train(
                 *_lemma(arm, batch, logprob, policy, now, sample, critic, kept, lemma),
             )
         )
-        given = kept * correction_factor(size, bias, arm.mode(mode))[:, None]
+        given = kept * correction_factor(size, bias, arm.correction)[:, None]
         weight.grad = limited(given).view_as(weight)
         adam.step()
         critic = critic + _surprise(batch, critic)
     return History(*(torch.stack(x) for x in zip(*rows, strict=True)))
-
-
-def limited(gradient: Tensor) -> Tensor:
-    """Gradients ``[R, P]`` of no larger norm than :data:`MAX_NORM`."""
-    size: Tensor = gradient.norm(dim=1, keepdim=True)
-    return gradient * (MAX_NORM / size.clamp(min=MAX_NORM))
 
 
 def _lemma(
