@@ -1,0 +1,120 @@
+"""Games of OpenSpiel: their names, their chance, their trees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from normkit.errors import InputError, MissingDependencyError
+
+_HANABI = (
+    "hanabi(players=2,colors={},ranks={},hand_size={},max_information_tokens={},max_life_tokens=3)"
+)
+GAMES: Mapping[str, str] = {
+    "tic_tac_toe": "tic_tac_toe",
+    "kuhn_poker": "kuhn_poker",
+    "mini_hanabi": _HANABI.format(2, 2, 3, 3),
+    "connect_four": "connect_four",
+    "leduc_poker": "leduc_poker",
+    "simple_hanabi": _HANABI.format(3, 2, 5, 8),
+}
+"""Our names of the paper's games, as OpenSpiel spells them."""
+
+_MOST_DEALS = 64
+
+
+def load_game(name: str) -> Any:
+    """Load a game by a name of :data:`GAMES` or of OpenSpiel, such as ``"hex(board_size=3)"``.
+
+    Raises:
+        InputError: where there is no such game, or its players do not move one after another.
+        MissingDependencyError: without OpenSpiel.
+    """
+    try:
+        import pyspiel
+    except ImportError:
+        raise MissingDependencyError("open_spiel", "games") from None
+    spelled = GAMES.get(name, name)
+    if spelled.partition("(")[0] not in pyspiel.registered_names():
+        raise InputError(f"game must be one of {', '.join(GAMES)} or OpenSpiel's, got {name!r}")
+    try:
+        game = pyspiel.load_game(spelled)
+    except pyspiel.SpielError:
+        raise InputError(f"game: OpenSpiel cannot play {name!r} with these settings") from None
+    if game.get_type().dynamics != pyspiel.GameType.Dynamics.SEQUENTIAL:
+        raise InputError(f"game: the players of {name!r} must move one after another")
+    return game
+
+
+def hides(game: Any) -> bool:
+    """Whether players of a game see less than there is."""
+    return bool(game.get_type().information.name == "IMPERFECT_INFORMATION")
+
+
+@lru_cache(maxsize=64)
+def _deals(name: str) -> tuple[tuple[int, ...], ...]:
+    """The opening deals of a game where they are few and equally likely, else none."""
+    found: list[tuple[int, ...]] = []
+    open_ = [load_game(name).new_initial_state()]
+    while open_:
+        state = open_.pop()
+        if not state.is_chance_node():
+            found.append(tuple(state.history()))
+            continue
+        actions, shares = zip(*state.chance_outcomes(), strict=True)
+        open_ += [state.child(action) for action in reversed(actions)]
+        if len(found) + len(open_) > _MOST_DEALS or not np.allclose(shares, shares[0]):
+            return ()
+    return tuple(found)
+
+
+def opening(name: str, seed: int) -> tuple[Any, np.random.Generator]:
+    """A game at its first decision, and the random numbers that it goes on with.
+
+    Where there are at most 64 opening deals, all equally likely, consecutive seeds meet each of
+    them in turn (the six of Kuhn poker: seed mod 6).
+    """
+    state = load_game(name).new_initial_state()
+    numbers = np.random.default_rng([seed, 1])
+    if deals := _deals(name):
+        for action in deals[seed % len(deals)]:
+            state.apply_action(action)
+    deal(state, numbers)
+    return state, numbers
+
+
+def deal(state: Any, numbers: np.random.Generator) -> None:
+    """Let chance move until it is a player's turn or the game is over."""
+    while state.is_chance_node():
+        actions, shares = zip(*state.chance_outcomes(), strict=True)
+        state.apply_action(int(numbers.choice(actions, p=np.divide(shares, sum(shares)))))
+
+
+def states(game: str) -> Iterator[Any]:
+    """Every history of a small game at which a player is to move."""
+    stack = [load_game(game).new_initial_state()]
+    while stack:
+        state = stack.pop()
+        if state.is_terminal():
+            continue
+        if not state.is_chance_node():
+            yield state
+        stack += [state.child(action) for action in reversed(state.legal_actions())]
+
+
+@lru_cache(maxsize=8)
+def information_states(game: str) -> Mapping[str, Any]:
+    """The first history of every information state of a small game, by its text.
+
+    Raises:
+        InputError: where the game has no information states.
+    """
+    if not load_game(game).get_type().provides_information_state_string:
+        raise InputError(f"game: {game!r} has no information states")
+    found: dict[str, Any] = {}
+    for state in states(game):
+        found.setdefault(state.information_state_string(state.current_player()), state)
+    return found
