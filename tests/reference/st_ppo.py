@@ -54,3 +54,12 @@ def corrected(gradient, bias, mode, c0=1.0, delta=1e-6):
         kept = np.linalg.norm(gradient)
         return gradient * (kept / (kept + size) if size else 1.0)
     return gradient / (size + delta) if mode == "paper" else gradient
+
+
+def value_loss(value, old, target, weight, clip):
+    """Half the larger of the squared errors of a value and of its clipped twin, weighted."""
+    total = 0.0
+    for v, o, r, w in zip(value, old, target, weight, strict=True):
+        near = o + min(max(v - o, -clip), clip) if clip else v
+        total += w * max((v - r) ** 2, (near - r) ** 2) / 2
+    return total

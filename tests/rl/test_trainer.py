@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from normkit.errors import InputError
 from normkit.rl import checkpoint as checkpoints
 from normkit.rl.checkpoint import load_checkpoint, save_checkpoint
+from normkit.rl.critic import CriticConfig
 from normkit.rl.dialogue import micro_batches, pack, turn_table
 from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
 from normkit.rl.environments.epm import EPMConfig
@@ -78,6 +79,21 @@ def make(folder=None, judge=None, loss=None, new_tokens=12, **config):
         loss,
         None if folder is None else RunLogger(folder, tensorboard=False),
     )
+
+
+SETUPS = {
+    "full": {},
+    "lora-with-reference": {"lora_rank": 2, "loss": PolicyLossConfig(kl_weight=0.1)},
+    "lora-with-critic": {"lora_rank": 2, "estimator": "ppo"},
+    "st-ppo": {
+        "estimator": "ppo",
+        "critic": CriticConfig(level="token"),
+        "correction": "floor",
+        "correction_floor": 1e-3,
+        "epochs": 2,
+        "loss": PolicyLossConfig(ratio="turn", clip_low=0.01, clip_high=0.01, dual_clip=0),
+    },
+}
 
 
 def without_times(rows):
@@ -147,21 +163,25 @@ def test_every_judge_failing_stops_and_keeps_the_steps_before(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_a_resumed_run_gives_the_same_numbers(tmp_path, lora_rank):
-    whole = make(tmp_path / "a", lora_rank=lora_rank)
+@pytest.mark.parametrize("kind", list(SETUPS))
+def test_a_resumed_run_gives_the_same_numbers(tmp_path, kind):
+    setup = SETUPS[kind]
+    whole = make(tmp_path / "a", **setup)
     whole.train()
-    first = make(tmp_path / "b", lora_rank=lora_rank)
+    first = make(tmp_path / "b", **setup)
     for _ in range(2):
         first.train_step()
     first.save(tmp_path / "checkpoint")
     first.train_step()  # newer than the checkpoint: forgotten on resuming
-    second = make(tmp_path / "b", lora_rank=lora_rank)
+    second = make(tmp_path / "b", **setup)
     second.resume(tmp_path / "checkpoint")
     second.train()
     rows = [without_times(read_table(tmp_path / name)) for name in "ab"]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [1, 2, 3, 4]
+    updates = [read_table(tmp_path / name, "updates") for name in "ab"]
+    assert updates[0] == updates[1]
+    assert same_weights(whole, second)
 
 
 SCRIPT = """
@@ -573,26 +593,25 @@ WORKERS = """
 import sys, torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
-from normkit.rl.loss import PolicyLossConfig
-from tests.rl.test_trainer import make
-rank = int(sys.argv[2])
-loss = PolicyLossConfig(kl_weight=0.1) if rank else None
+from normkit.rl.checkpoint import trainable
+from tests.rl.test_trainer import SETUPS, make
 # Small passes: the process with one group has fewer of them than the one with two.
-trainer = make(sys.argv[1] + ".run", steps=2, groups=3, lora_rank=rank, loss=loss,
-               micro_batch_tokens=200)
+trainer = make(sys.argv[1] + ".run", steps=2, groups=3, micro_batch_tokens=200,
+               **SETUPS[sys.argv[2]])
 for _ in range(2):
     trainer.train_step()
 if trainer.engine.rank == 0:
-    weights = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()
-               if p.requires_grad}
-    save_file(weights, sys.argv[1])
+    weights = trainable(trainer.model)
+    if trainer.learner.critic is not None:
+        weights.update(trainable(trainer.learner.critic))
+    save_file({n: p.detach().contiguous() for n, p in weights.items()}, sys.argv[1])
 trainer.engine.wait()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora_rank", [0, 2], ids=["full", "lora-with-reference"])
-def test_two_processes_make_the_update_of_one(tmp_path, lora_rank):
+@pytest.mark.parametrize("kind", list(SETUPS))
+def test_two_processes_make_the_update_of_one(tmp_path, kind):
     root = Path(__file__).parents[2]
     script = tmp_path / "worker.py"
     script.write_text(WORKERS)
@@ -601,16 +620,18 @@ def test_two_processes_make_the_update_of_one(tmp_path, lora_rank):
         out = tmp_path / f"{n}.safetensors"
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         launch = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0"]
-        command = [sys.executable, *launch, "--standalone", str(script), str(out), str(lora_rank)]
+        command = [sys.executable, *launch, "--standalone", str(script), str(out), kind]
         environment["ACCELERATE_USE_CPU"] = "true"
         subprocess.run(command, env=environment, cwd=root, check=True, timeout=300)
         found.append(load_file(out))
         numbers.append(without_times(read_table(tmp_path / f"{n}.safetensors.run")))
-    start = make(lora_rank=lora_rank).model.state_dict()
-    assert max(float((w - start[name]).abs().max()) for name, w in found[0].items()) > 1e-3
+    start = make(**SETUPS[kind]).model.state_dict()
+    moved = [(w - start[name]).abs().max() for name, w in found[0].items() if name in start]
+    assert float(max(moved)) > 1e-3
     assert found[0].keys() == found[1].keys()
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], atol=2e-5, rtol=1e-4)
+    assert kind != "st-ppo" or numbers[0][0]["bias_norm"] > 1e-3
     for one, two in zip(*numbers, strict=True):
         assert one.keys() == two.keys()
         for key in one:
