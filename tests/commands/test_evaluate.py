@@ -68,7 +68,10 @@ def world(monkeypatch):
         (["m", "--emobench", "absent"], "must be a folder with EA.jsonl or EU.jsonl"),
         (["m", "--eqbench", "absent.json"], "absent.json cannot be read"),
         (["m", "--eqbench", str(DATA / "EA.jsonl")], "line 1: reference_answer_fullscale must be"),
-        (["m", "--world", "mars"], "world must be one of empathy"),
+        (["m", "--world", "mars"], "world must be one of empathy, tools, search"),
+        (["m", "--world", "search", "--max-turns", "0"], "max_turns must be at least 1"),
+        (["m", "--world", "search", "--corpus", "absent"], "needs a file of questions"),
+        (["m", "--world", "search", "--questions", "absent"], "absent cannot be read"),
         (["m", "--repeats", "0", *EMOBENCH], "repeats must be at least 1"),
         (["m", "--likelihood", *EQBENCH], "likelihood is a way to score EmoBench"),
         (["m", "--likelihood", "--url", "http://127.0.0.1:1", *EMOBENCH], "needs models on this"),
@@ -218,3 +221,50 @@ def test_a_limit_takes_the_first_of_everything(folders, world, capsys):
     assert counts["EmoBench"]["answers"] == 4 * 3  # two tasks, two languages, three repeats
     assert counts["EQ-Bench v2"]["answers"] == 1
     assert counts["empathy"]["dialogues"] == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "count"), [("tools", "solve-F1", 80), ("search", "exact match", 120)]
+)
+def test_other_worlds_are_played(name, label, count, folders, capsys):
+    if name == "search":
+        pytest.importorskip("bm25s")
+    for folder in folders:  # the prompts are long, byte by byte
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config["max_position_embeddings"] = 8192
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    short = ["--limit", "3", "--repeats", "1", "--max-turns", "2", "--max-new-tokens", "4"]
+    evaluate.main([*folders, "--world", name, *short, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    for found in printed["models"].values():
+        assert found["measures"][f"{name} {label}, greedy"]["n"] == 3
+        assert found["measures"][f"{name} {label}, sampled"]["mean"] == 0
+        assert found["counts"][name]["dialogues"] == 6
+    assert printed["differences"][folders[1]][f"{name} {label}, greedy"]["mean"] == 0
+    built = evaluate.WORLDS[name].build(evaluate.EvaluateOptions(()), 2)
+    assert len(built.tasks("heldout")) == count
+
+
+def test_a_served_model_searches(capsys, tmp_path):
+    """The server says the reference answer to every question, after a search."""
+    pytest.importorskip("bm25s")
+    world = evaluate.WORLDS["search"].build(evaluate.EvaluateOptions(()), 5)
+    answers = {f"Question: {q.text}": q.answers[0] for q in world.questions.values()}
+
+    def reply(body, _n):
+        messages = body["messages"]
+        asked = [m["content"] for m in messages if m["role"] == "user"]
+        if len(asked) > 1:
+            return f"<answer>{answers[asked[0]]}</answer>"
+        return "<search>Kesmarrow</search>"
+
+    out = tmp_path / "figures.json"
+    with chat_server(reply) as server:
+        short = ["--limit", "4", "--repeats", "1", "--out", str(out)]
+        evaluate.main(["m", "--url", server.url, "--world", "search", *short, "--json"])
+    measures = json.loads(capsys.readouterr().out)["models"]["m"]["measures"]
+    assert measures["search exact match, greedy"]["mean"] == 1
+    (record, *_) = json.loads(out.read_text(encoding="utf-8"))["models"]["m"]["records"]["search"]
+    assert record["end_reason"] == "success"
+    assert [turn["reward"] for turn in record["turns"]] == [0, 1]
+    assert record["turns"][1]["message"].startswith("<information>")

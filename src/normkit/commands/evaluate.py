@@ -1,8 +1,9 @@
-"""``normkit evaluate``: one or several chat models on benchmarks and held-out scenarios.
+"""``normkit evaluate``: one or several chat models on benchmarks and in held-out tasks of worlds.
 
 ::
 
     normkit evaluate smollm2 runs/mapo/2026-11-24_10-00-00 --world empathy
+    normkit evaluate smollm2 runs/st-ppo/2026-11-25_22-00-00 --world search
     normkit evaluate Qwen/Qwen2.5-0.5B-Instruct --emobench EmoBench/data --likelihood
     normkit evaluate MODEL --url http://localhost:8000 --eqbench eq_bench_v2_questions_171.json
 """
@@ -47,19 +48,22 @@ class EvaluateOptions:
         url: address of an OpenAI-compatible server that has the models (key: OPENAI_API_KEY).
         emobench: folder with EA.jsonl and EU.jsonl of EmoBench.
         eqbench: question file of EQ-Bench v2.
-        world: world whose scenarios are played: "empathy".
-        scenarios: a scenario file of your own for the world, split as in ``normkit run``.
-        split: scenarios to play.
+        world: world whose tasks are played: "empathy", "tools" or "search".
+        scenarios: a scenario file of your own for "empathy", split as in ``normkit run``.
+        corpus: what "search" searches: "land" (invented, shipped), "wordnet", or a file of
+            passages.
+        questions: a file of questions of your own for "search", the last third held out.
+        split: tasks to play.
         judge: what scores the replies: "embedding", "llm" (local chat model) or "openai" (server).
         judge_model: the judge's model.
         judge_url: address of the judge's server.
         language: questions of EmoBench in this language alone.
         likelihood: take the choice of EmoBench that the model finds likeliest, not one it writes.
-        repeats: times that each question of EmoBench is asked, and each scenario is sampled.
-        limit: play and ask only the first so many scenarios and questions, for a trial.
-        max_turns: a dialogue ends here.
-        min_turns: neither success nor failure is declared earlier.
-        max_new_tokens: length limit of a reply in a dialogue.
+        repeats: times that each question of EmoBench is asked, and each task is sampled.
+        limit: play and ask only the first so many tasks and questions, for a trial.
+        max_turns: a dialogue ends here; the world's own limit in training if not given.
+        min_turns: neither success nor failure is declared earlier ("empathy").
+        max_new_tokens: length limit of a reply in a dialogue; as in training if not given.
         temperature: of the sampled dialogues; everything else is greedy.
         max_tokens: length limit of an answer; 64 for EmoBench and 600 for EQ-Bench by default.
         batch_size: questions that a local model answers together.
@@ -75,6 +79,8 @@ class EvaluateOptions:
     eqbench: Path | None = None
     world: str = ""
     scenarios: Path | None = None
+    corpus: str = "land"
+    questions: Path | None = None
     split: Split = "heldout"
     judge: Literal["embedding", "llm", "openai"] = "embedding"
     judge_model: str = ""
@@ -83,9 +89,9 @@ class EvaluateOptions:
     likelihood: bool = False
     repeats: int = 3
     limit: int | None = None
-    max_turns: int = 4
+    max_turns: int | None = None
     min_turns: int = 12
-    max_new_tokens: int = 48
+    max_new_tokens: int | None = None
     temperature: float = 0.7
     max_tokens: int | None = None
     batch_size: int = 16
@@ -127,7 +133,7 @@ def _check(options: EvaluateOptions) -> None:
         raise InputError("choose what to evaluate on: --emobench DIR, --eqbench FILE or --world")
     if options.world not in ("", *WORLDS):
         raise InputError(f"world must be one of {', '.join(WORLDS)}, got {options.world!r}")
-    for name in ("repeats", "limit", "max_tokens", "batch_size"):
+    for name in ("repeats", "limit", "max_turns", "max_new_tokens", "max_tokens", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -180,7 +186,10 @@ def _eqbench(options: EvaluateOptions, path: Path) -> Benchmark:
     return lambda player, report: ask_eqbench(player.chat(options.max_tokens or 600), items, report)
 
 
-def _empathy(options: EvaluateOptions) -> Environment[Any]:
+# ---------------------------------------------------------------------- worlds
+
+
+def _empathy(options: EvaluateOptions, max_turns: int) -> Environment[Any]:
     from normkit.recipes.mapo import Config, make_environment
 
     config = Config(
@@ -188,27 +197,64 @@ def _empathy(options: EvaluateOptions) -> Environment[Any]:
         judge_model=options.judge_model,
         judge_url=options.judge_url,
         scenarios=options.scenarios,
-        max_turns=options.max_turns,
+        max_turns=max_turns,
         min_turns=options.min_turns,
     )
     return make_environment(config, cache_folder() / "evaluate")
 
 
-WORLDS: dict[str, tuple[Callable[[EvaluateOptions], Environment[Any]], Mapping[str, str]]] = {
-    "empathy": (_empathy, {"EPM-Q": "score", "distance closed": "closed", "success": "success"}),
+def _tools(_: EvaluateOptions, max_turns: int) -> Environment[Any]:
+    from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
+
+    return ToolWorld(ToolWorldConfig(max_turns=max_turns))
+
+
+def _search(options: EvaluateOptions, max_turns: int) -> Environment[Any]:
+    from normkit.data.searchable import open_world
+    from normkit.rl.environments.search import SearchWorldConfig
+
+    return open_world(SearchWorldConfig(max_turns=max_turns), options.corpus, options.questions)
+
+
+@dataclass(frozen=True)
+class World:
+    """A world to play in.
+
+    Attributes:
+        build: makes it, given the options and the most turns of a dialogue.
+        metrics: which of its metrics are shown, by what to call them.
+        max_turns: most turns in training.
+        max_new_tokens: length limit of a reply in training.
+    """
+
+    build: Callable[[EvaluateOptions, int], Environment[Any]]
+    metrics: Mapping[str, str]
+    max_turns: int
+    max_new_tokens: int
+
+
+WORLDS: Mapping[str, World] = {
+    "empathy": World(
+        _empathy, {"EPM-Q": "score", "distance closed": "closed", "success": "success"}, 4, 48
+    ),
+    "tools": World(_tools, {"solve-F1": "score", "answer F1": "answer", "calls": "calls"}, 6, 64),
+    "search": World(
+        _search, {"exact match": "score", "F1": "f1", "passages found": "found"}, 5, 40
+    ),
 }
-"""How each world is built, and which of its metrics are shown, by what to call them."""
 
 
 def _dialogues(options: EvaluateOptions) -> Benchmark:
-    build, metrics = WORLDS[options.world]
-    environment = build(options)
+    world = WORLDS[options.world]
+    environment = world.build(options, options.max_turns or world.max_turns)
     rounds = [
         evaluation_tasks(environment, options.split, options.seed, repeat, options.limit)
         for repeat in range(options.repeats)
     ]
     sampled = RolloutConfig(
-        max_new_tokens=options.max_new_tokens, temperature=options.temperature, batch_size=64
+        max_new_tokens=options.max_new_tokens or world.max_new_tokens,
+        temperature=options.temperature,
+        batch_size=64,
     )
     plan = [("greedy", replace(sampled, greedy=True), rounds[0], 0)]
     plan += [("sampled", sampled, tasks, i) for i, tasks in enumerate(rounds)]
@@ -222,7 +268,7 @@ def _dialogues(options: EvaluateOptions) -> Benchmark:
 
             dialogues = player.play(environment, tasks, speech, options.seed + i, part)
             played.setdefault(mode, []).extend(dialogues)
-        return score_dialogues(options.world, played, metrics)
+        return score_dialogues(options.world, played, world.metrics)
 
     return run
 
