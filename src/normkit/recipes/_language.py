@@ -37,7 +37,7 @@ class Study:
         metrics: metrics of the world for the table, ``"score"`` among them.
         play: plays the dialogues that are scored before and after, the same tasks in order.
         tasks: what these tasks are called.
-        plot: draws further plots of the rows of ``metrics.jsonl`` into the folder of plots.
+        plot: draws further plots of a run folder.
         notes: further lines of the summary.
     """
 
@@ -47,7 +47,7 @@ class Study:
     metrics: Sequence[str]
     play: Callable[[Trainer], Sequence[Dialogue]]
     tasks: str = "held-out tasks"
-    plot: Callable[[Sequence[Mapping[str, Any]], Path], None] | None = None
+    plot: Callable[[Path], None] | None = None
     notes: Sequence[str] = ()
 
 
@@ -134,12 +134,12 @@ def _summarize(trainer: Trainer, folder: Path, study: Study, seconds: float) -> 
         gain = bootstrap_interval([b - a for a, b in pairs])
         gains[metric] = str(gain)
         rows.append([metric, *(sum(p[i] for p in pairs) / len(pairs) for i in (0, 1)), str(gain)])
-    steps, plots = read_table(folder), folder / "plots"
+    plots = folder / "plots"
     scores = [[d["scores"]["score"] or 0.0 for d in side] for side in sides]
-    training_curves(steps, plots / "1_training.png", study.score)
+    training_curves(read_table(folder), plots / "1_training.png", study.score)
     before_after(scores[0], scores[1], plots / "2_held-out.png", study.score)
     if study.plot is not None:
-        study.plot(steps, plots)
+        study.plot(folder)
     _write_pairs(folder, *sides)
     config = trainer.config
     return {
