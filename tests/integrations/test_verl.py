@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from normkit.errors import InputError, MissingDependencyError
 from normkit.integrations.verl import REGISTERED, register, verl_advantage, verl_name
+from normkit.integrations.verl_loss import grid_loss
 from normkit.rl.advantage import ESTIMATORS, estimate
+from normkit.rl.loss import PolicyLossConfig, policy_loss
 from normkit.rl.token_grid import turns_of_mask
 from tests.rl.grids import grids, looped_rows
 
@@ -147,6 +149,29 @@ def test_every_estimator_without_a_critic_has_a_plain_name():
     assert len(REGISTERED) == sum(not e.needs for e in ESTIMATORS.values())
     assert "normkit_reinforce_plus_plus" in REGISTERED
     assert all(name.replace("_", "").isalnum() for name in REGISTERED)
+
+
+@given(grids(), st.booleans(), st.integers(0, 4))
+@settings(max_examples=100, deadline=None)
+def test_the_loss_of_a_grid_is_that_of_its_turns_whatever_the_padding(grid, per_row, padding):
+    old, mask, _ = grid
+    draw = torch.Generator().manual_seed(0)
+    new = old + 0.5 * torch.randn(old.shape, generator=draw)
+    advantage = torch.randn(old.shape, generator=draw)
+    wide = [torch.nn.functional.pad(x, (0, padding)) for x in (new, old, advantage, mask.long())]
+    kept = wide[3].bool()
+    share = kept / kept.sum(1, keepdim=True).clamp_min(1) if per_row else kept / 7
+    options = PolicyLossConfig(ratio="turn", clip_high=0.2, dual_clip=3)
+    loss, numbers = grid_loss(*wide, lambda losses: (losses * share).sum(), options)
+    rows = torch.nonzero(mask)
+    turn = turns_of_mask(mask)[mask] + 1000 * rows[:, 0]
+    flat = (new[mask], old[mask], advantage[mask], turn, rows[:, 0], share[kept])
+    expected, metrics = policy_loss(*flat, options)
+    torch.testing.assert_close(loss, expected)
+    assert numbers["actor/pg_clipfrac"] <= 1 + 1e-6
+    total = float(share[kept].sum())
+    clipped = numbers["actor/pg_clipfrac"] * total
+    assert clipped == pytest.approx(float(metrics["clip_fraction"]), abs=1e-6)
 
 
 @pytest.mark.skipif(

@@ -14,10 +14,12 @@ from verl import DataProto
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import compute_advantage
+from verl.workers.config.actor import ActorConfig
 from verl.workers.rollout.replica import TokenOutput
 
 from normkit.integrations.verl import REGISTERED, register
 from normkit.integrations.verl_agent import WorldAgentLoop
+from normkit.integrations.verl_loss import TURN_PPO, verl_turn_loss
 from normkit.rl.advantage import ESTIMATORS, estimate, to_tokens
 from normkit.rl.token_grid import grid_turns
 from tests.rl.talk import ScriptedWorld
@@ -64,10 +66,42 @@ def main():
             expected = to_tokens(estimate(ours.name, *flat, **options), turn_row)
             worst = max(worst, float((found.batch["advantages"] - expected).abs().max()))
     assert worst < 1e-5, worst
+    losses()
     played()
     example = Path(__file__).parents[2] / "examples" / "verl_mapo.yaml"
     compose(example)
     print(f"verl {verl.__version__}: {len(REGISTERED)} estimators, largest difference {worst:.1e}")
+
+
+def losses():
+    """Turn-PPO beside verl's PPO (turns of one token) and GSPO (one turn a response)."""
+    assert core_algos.get_policy_loss_fn(TURN_PPO) is verl_turn_loss
+    info = {"dp_size": 2, "batch_num_tokens": 300, "global_batch_size": 16, "loss_scale_factor": 9}
+    single = torch.arange(60).remainder(2) == 0
+    whole = torch.arange(60) < torch.arange(5, 53, 4)[:, None]
+    for name, mask in (("vanilla", single.expand(12, 60)), ("gspo", whole)):
+        draw = torch.Generator().manual_seed(0)
+        old, moved, advantage, trust = torch.randn(4, 12, 60, generator=draw)
+        new = (old + 0.3 * (moved + moved[:, :1])).requires_grad_()
+        if name == "gspo":  # it credits each token with its own advantage, Turn-PPO with the mean
+            advantage, trust = advantage[:, :1].expand(12, 60), torch.ones(12, 60)
+        # verl's GSPO has no dual clip.
+        dual = 3.0 if name == "vanilla" else 1e6
+        for mode in ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"):
+            config = ActorConfig(
+                strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio_c=dual
+            )
+            config.global_batch_info.update(info)
+            rows = (old, new, advantage, mask, mode, config, trust.abs())
+            found, numbers = core_algos.get_policy_loss_fn(TURN_PPO)(*rows)
+            expected, theirs = core_algos.get_policy_loss_fn(name)(*rows)
+            torch.testing.assert_close(found, expected)
+            gradients = [torch.autograd.grad(x, new)[0] for x in (found, expected)]
+            torch.testing.assert_close(*gradients)
+            assert numbers["actor/pg_clipfrac"] > 0
+            if mode == "token-mean":
+                both = sum(theirs[f"actor/pg_clipfrac{which}"] for which in ("", "_lower"))
+                assert abs(numbers["actor/pg_clipfrac"] - both) < 1e-6
 
 
 class Server:

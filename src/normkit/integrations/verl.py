@@ -14,7 +14,9 @@ group (``uid``) of each dialogue, but no turn numbers, agents or values: turns a
 mask, agents come from a trainer of your own or are part of the ``uid``, and "ppo", which needs a
 critic, is not registered (verl has "gae" of its own).
 
-Only :func:`register` imports verl.
+Beside them it registers the loss of Turn-PPO (:mod:`normkit.integrations.verl_loss`).
+
+Only :func:`register` imports verl, and that loss when verl calls it.
 
 Shapes: B dialogues, L tokens of a response (padded).
 """
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from normkit.errors import InputError, MissingDependencyError
+from normkit.integrations.verl_loss import TURN_PPO, verl_turn_loss
 from normkit.rl.advantage import ESTIMATORS, estimate, get_estimator, to_tokens
 from normkit.rl.token_grid import grid_turns
 
@@ -104,20 +107,21 @@ REGISTERED: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def register() -> tuple[str, ...]:
-    """Add the estimators to verl's registry, in this process; doing so again changes nothing.
+    """Add estimators and loss to verl's registries, in this process; again changes nothing.
 
     Returns:
-        The names, for ``algorithm.adv_estimator``.
+        The names of the estimators, for ``algorithm.adv_estimator``.
 
     Raises:
         MissingDependencyError: when verl is not installed.
     """
     if importlib.util.find_spec("verl") is None:
         raise MissingDependencyError("verl", "verl")
-    from verl.trainer.ppo.core_algos import register_adv_est
+    from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
     for name, function in REGISTERED.items():
         register_adv_est(name)(function)
+    register_policy_loss(TURN_PPO)(verl_turn_loss)
     return tuple(REGISTERED)
 
 
