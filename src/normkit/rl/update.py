@@ -174,17 +174,13 @@ class PolicyUpdate:
         """Credit the tokens of a batch, with the policy and the critic as they are."""
         tokens = SampledTokens(rows)
         columns = {"dialogue": table.dialogue[tokens.turn], "known": table.mask[tokens.turn]}
-        several = self.config.mini_batches * self.config.epochs > 1
-        if several or self.critic is not None:
-            old, value = self._before(rows, tokens)
-        if several:
-            columns["old"] = old
+        columns.update(self._before(rows, tokens))
         if self.critic is None:
             columns["advantage"] = self.advantage(table)[tokens.turn].float()
         else:
-            credit = self._critic_credit(table, tokens, value)
+            credit = self._critic_credit(table, tokens, columns["value"])
             columns["advantage"] = credit.advantage.float()
-            columns.update(value=value, target=credit.target.float(), valued=credit.valued)
+            columns.update(target=credit.target.float(), valued=credit.valued)
         return _Batch(rows, tokens, columns)
 
     def _critic_credit(self, table: TurnTable, tokens: SampledTokens, value: Tensor) -> Credit:
@@ -194,18 +190,21 @@ class PolicyUpdate:
         return turn_credit(table, tokens, self.engine, self.config.estimator, options, value)
 
     @torch.no_grad()
-    def _before(self, rows: Sequence[PackedRow], tokens: SampledTokens) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of tokens and values before them ``[M]``; zeros without a critic."""
-        logprob, value = torch.zeros(2, len(tokens.turn))
-        for members in self._micro_batches(rows, tokens.rows):
+    def _before(self, rows: Sequence[PackedRow], tokens: SampledTokens) -> dict[str, Tensor]:
+        """What updates are going to change: log-probabilities, if there are several, and values."""
+        several = self.config.mini_batches * self.config.epochs > 1
+        wanted = [*["old"] * several, *["value"] * (self.critic is not None)]
+        columns = {name: torch.zeros(len(tokens.turn)) for name in wanted}
+        for members in self._micro_batches(rows, tokens.rows) if wanted else ():
             batch, places = self._collate(rows, members), tokens.places(members)
             with self._autocast():
                 hidden, head = token_states(self.model, batch)
-                found, _ = state_logprobs(hidden, head, batch.target, self.temperature)
-            logprob[places] = found.cpu()
+                if several:
+                    found, _ = state_logprobs(hidden, head, batch.target, self.temperature)
+                    columns["old"][places] = found.cpu()
             if self.critic is not None:
-                value[places] = self.critic(hidden).cpu()
-        return logprob, value
+                columns["value"][places] = self.critic(hidden).cpu()
+        return columns
 
     def _credit_numbers(self, batch: _Batch) -> dict[str, float]:
         """Mean size of the advantages over turns, and how much of the returns the critic knew."""
