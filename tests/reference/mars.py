@@ -49,6 +49,34 @@ def running_baseline(totals, keep=0.95):
     return out
 
 
+def official_tokens(rewards, tokens, games, seats, eps=1e-8):
+    """The authors' code, in exact arithmetic; dialogue i has turns of ``tokens[i][k]`` tokens.
+
+    Turn rewards are centered by game and seat, whitened over all tokens, summed from each token on,
+    centered by seat over the distinct sums (equal but for rounding counts as equal), and whitened.
+    """
+    pools = [(g, p) for g, p in zip(games, seats, strict=True)]
+    lines = []
+    for row, lengths, pool in zip(rewards, tokens, pools, strict=True):
+        mates = [r for other, q in zip(rewards, pools, strict=True) if q == pool for r in other]
+        line = []
+        for r, n in zip(row, lengths, strict=True):
+            line += [0.0] * (n - 1) + [r - np.mean(mates)]
+        lines.append(line)
+    lines = white(lines, eps)
+    lines = [[sum(line[t:]) for t in range(len(line))] for line in lines]
+    sums = {(p, round(v, 9)) for line, p in zip(lines, seats, strict=True) for v in line}
+    means = {p: np.mean([v for q, v in sums if q == p]) for p in set(seats)}
+    lines = [[v - means[p] for v in line] for line, p in zip(lines, seats, strict=True)]
+    return white(lines, eps)
+
+
+def white(lines, eps):
+    values = np.array([v for line in lines for v in line])
+    scale = np.sqrt(values.var(ddof=1) + eps)
+    return [[(v - values.mean()) / scale for v in line] for line in lines]
+
+
 # Kuhn poker -----------------------------------------------------------------------------------
 # Cards 0, 1, 2; "p" passes, "b" bets. The first seat acts at "" and "pb", the second at "p", "b".
 
