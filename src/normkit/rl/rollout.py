@@ -85,7 +85,7 @@ class RolloutConfig:
 
 
 @dataclass(eq=False)
-class _Live:
+class Live:
     """A dialogue in progress.
 
     Attributes:
@@ -112,10 +112,12 @@ class _Live:
 
     @property
     def slot(self) -> int:
+        """The row of the cache."""
         return self.dialogue.index
 
     @property
     def row(self) -> list[int]:
+        """The tokens of the last segment."""
         return self.dialogue.segments[-1].token_ids
 
     def hear(self, step: Step) -> None:
@@ -196,12 +198,12 @@ class Rollout:
         Raises:
             InputError: when a first message leaves no room for a reply.
         """
-        waiting: list[list[_Live]] = []
+        waiting: list[list[Live]] = []
         for task in tasks:
             waiting.append(self._start(environment, sum(map(len, waiting)), *task))
         dialogues = [live.dialogue for lives in waiting for live in lives]
         waiting.reverse()
-        running: list[_Live] = []
+        running: list[Live] = []
         room = self.config.batch_size or len(dialogues)
         try:
             while running or waiting:
@@ -222,22 +224,22 @@ class Rollout:
 
     def _start(
         self, environment: Environment[S], index: int, task: str, group: int, seed: int
-    ) -> list[_Live]:
+    ) -> list[Live]:
         """Open the sessions of a task; their dialogues are numbered from ``index`` on."""
         if seed < 0:
             raise InputError(f"tasks: a seed must be at least 0, got {seed}")
         if not isinstance(environment, SeatedEnvironment):
             session = environment.start(task, seed)
             dialogue = Dialogue(task, group, index, seed, session.system, [], [], "", {})
-            return [_Live(dialogue, session, session.message)]
-        lives: list[_Live] = []
+            return [Live(dialogue, session, session.message)]
+        lives: list[Live] = []
         for session in environment.start_seats(task, seed):
             place, seat = index + len(lives), environment.seat(session)
             dialogue = Dialogue(task, group, place, seed, session.system, [], [], "", {}, seat)
-            lives.append(_Live(dialogue, session, "", waiting=True))
+            lives.append(Live(dialogue, session, "", waiting=True))
         return lives
 
-    def _round(self, environment: Environment[S], running: list[_Live]) -> list[_Live]:
+    def _round(self, environment: Environment[S], running: list[Live]) -> list[Live]:
         """Let every dialogue whose turn it is take it; return those that go on."""
         ready = [live for live in running if not live.waiting]
         if not ready:
@@ -263,7 +265,7 @@ class Rollout:
                 live.hear(step)
         return self._settle(environment, running)
 
-    def _settle(self, environment: Environment[S], lives: list[_Live]) -> list[_Live]:
+    def _settle(self, environment: Environment[S], lives: list[Live]) -> list[Live]:
         """Tell waiting dialogues what there is to tell, close finished ones, return the others."""
         waiting = [live for live in lives if live.waiting]
         if isinstance(environment, SeatedEnvironment) and waiting:
@@ -279,14 +281,14 @@ class Rollout:
         return [live for live in lives if live.slot not in over]
 
     @torch.inference_mode()
-    def _release(self, lives: Sequence[_Live]) -> None:
+    def _release(self, lives: Sequence[Live]) -> None:
         self._decoder.release([live.slot for live in lives])
         for live in lives:
             live.cached = 0
 
     # ------------------------------------------------------------------ prompts
 
-    def _prepare(self, live: _Live) -> bool:
+    def _prepare(self, live: Live) -> bool:
         """Append the user's message to the row; False where there is no room for a reply."""
         dialogue = live.dialogue
         live.reply, live.logprobs, live.ended, live.truncated = [], [], False, False
@@ -317,7 +319,7 @@ class Rollout:
     def _following(self, reply: list[int], message: str) -> list[int]:
         return self.format.following(message, self.format.closed(reply))
 
-    def _shortened(self, live: _Live) -> list[int]:
+    def _shortened(self, live: Live) -> list[int]:
         """Row of the most recent turns that fill at most half of the context."""
         turns, system = live.dialogue.turns, live.dialogue.system
         shortest = self.format.opening(system, live.message)
@@ -335,7 +337,7 @@ class Rollout:
     # ------------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def _generate(self, speaking: list[_Live]) -> None:
+    def _generate(self, speaking: list[Live]) -> None:
         """Sample one reply for every dialogue, its new tokens encoded first."""
         if not speaking:
             return
@@ -377,11 +379,11 @@ class Rollout:
             spans = live.dialogue.segments[-1].spans
             spans[-1] = (spans[-1][0], spans[-1][1], len(live.row))
 
-    def _encode(self, speaking: list[_Live]) -> Tensor:
+    def _encode(self, speaking: list[Live]) -> Tensor:
         """Encode what the cache lacks; equal beginnings (the same task) are encoded once."""
-        first: dict[tuple[int, ...], _Live] = {}
-        twins: list[tuple[_Live, _Live]] = []
-        encoded: list[_Live] = []
+        first: dict[tuple[int, ...], Live] = {}
+        twins: list[tuple[Live, Live]] = []
+        encoded: list[Live] = []
         for live in speaking:
             key = tuple(live.row) if live.cached == 0 else ()
             if key and key in first:
@@ -397,7 +399,7 @@ class Rollout:
         place.update({live.slot: place[source.slot] for live, source in twins})
         return logits[[place[live.slot] for live in speaking]]
 
-    def _extend(self, lives: list[_Live]) -> Tensor:
+    def _extend(self, lives: list[Live]) -> Tensor:
         new = [live.row[live.cached :] for live in lives]
         logits = self._decoder.extend([live.slot for live in lives], new)
         for live in lives:

@@ -529,7 +529,10 @@ def test_a_game_that_fixed_players_end_before_the_policys_turn():
         (lambda: GameWorld(opponent="stockfish"), "opponent must be"),
         (lambda: GameWorld(opponent="random", seat=2), "has 2 seats, got 2"),
         (lambda: GameWorld().start("kuhn_poker", 0), "self-play has a session for every seat"),
-        (lambda: GameWorld().step([], []), "self-play has a session for every seat"),
+        (
+            lambda: GameWorld().step(GameWorld().start_seats("kuhn_poker", 0), []),
+            "self-play has a session for every seat",
+        ),
         (lambda: GameWorld().start_seats("go", 0), "no game 'go' in this world"),
         (lambda: GameWorld().tasks("test"), "split must be"),
         (lambda: GameWorld().act([], [Reply("")]), "one for each session"),

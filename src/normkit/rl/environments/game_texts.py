@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from normkit.errors import InputError
-from normkit.rl.spiel import hides
+from normkit.rl.spiel import hides, opening
 
 
 class GameText:
@@ -41,6 +41,12 @@ class GameText:
             kind.provides_observation_string or kind.provides_information_state_string
         ):
             raise InputError(f"game: OpenSpiel does not say what a player of {self.title!r} sees")
+
+    @property
+    def example(self) -> str:
+        """A move of the beginning of a game."""
+        state, _ = opening(str(self.game), 0)
+        return self.move(state, state.current_player(), state.legal_actions()[0])
 
     def rules(self) -> str:
         """The game in a few sentences."""

@@ -32,6 +32,7 @@ from normkit.rl.spiel import deal, load_game, opening
 
 TRAIN = ("tic_tac_toe", "kuhn_poker", "mini_hanabi")
 HELDOUT = ("connect_four", "leduc_poker", "simple_hanabi")
+_SELF_PLAY = "opponent: self-play has a session for every seat; use start_seats, act and poll"
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,25 @@ class OpenSpielText:
         game: a name of :data:`normkit.rl.spiel.GAMES`, or any of OpenSpiel's.
         seed: of chance.
         config: options.
+        history: what happened so far, as OpenSpiel numbers it, chance included; None deals.
     """
 
-    def __init__(self, game: str, seed: int = 0, config: GameConfig | None = None) -> None:
+    def __init__(
+        self,
+        game: str,
+        seed: int = 0,
+        config: GameConfig | None = None,
+        history: Sequence[int] | None = None,
+    ) -> None:
         self.config = config or GameConfig()
         self.state, self.numbers = opening(game, seed)
         self.words = game_text(self.state.get_game())
         self.seats = int(self.state.num_players())
         self._moves: list[tuple[int, str]] = []
+        if history is not None:
+            self.state = self.state.get_game().new_initial_state()
+            for action in history:
+                self._follow(action)
 
     @property
     def seat(self) -> int:
@@ -112,24 +124,27 @@ class OpenSpielText:
 
     def apply(self, action: int) -> None:
         """Make a legal move, and let chance follow."""
-        seat, choices = self.seat, self.legal()
-        names = [name for name, legal in choices.items() if legal == action]
-        if not names:
-            raise InputError(f"action must be one of {sorted(choices.values())}, got {action}")
-        told = f"{self.words.name(seat)}: {names[0]}"
-        if self.config.others == "choices":
-            told += f" (of {', '.join(choices)})"
-        self._moves.append((seat, told))
-        self.state.apply_action(action)
+        if action not in self.state.legal_actions():
+            raise InputError(f"action must be one of {self.state.legal_actions()}, got {action}")
+        self._follow(action)
         deal(self.state, self.numbers)
+
+    def _follow(self, action: int) -> None:
+        """Take an action of a player or of chance, and keep in words what a player did."""
+        seat = self.seat
+        if seat >= 0:
+            told = f"{self.words.name(seat)}: {self.words.move(self.state, seat, action)}"
+            if self.config.others == "choices":
+                told += f" (of {', '.join(self.legal())})"
+            self._moves.append((seat, told))
+        self.state.apply_action(action)
 
     def system(self, seat: int) -> str:
         """The rules, who one is, and how to reply."""
-        example = next(iter(self.legal()), "MOVE")
         think = "<think>your thoughts</think>" if self.config.thinking else ""
         return (
             f"{self.words.rules()} You are {self.words.name(seat)}. Reply with one legal move, "
-            f"like this: {think}<answer>{example}</answer>"
+            f"like this: {think}<answer>{self.words.example}</answer>"
         )
 
     def render(self, seat: int) -> str:
@@ -354,9 +369,10 @@ class GameWorld:
         Raises:
             InputError: in self-play, which takes a session for every seat.
         """
-        if self.opponent is None:
-            raise InputError("opponent: self-play has a session for every seat; use start_seats")
-        (session,) = self.start_seats(task, seed)
+        sessions = self.start_seats(task, seed)
+        if len(sessions) != 1:
+            raise InputError(_SELF_PLAY)
+        (session,) = sessions
         step = self._told(session)
         session.message = (
             "The game is over." if step is None or step.message is None else step.message
@@ -365,8 +381,8 @@ class GameWorld:
 
     def step(self, sessions: Sequence[GameSession], replies: Sequence[Reply]) -> list[Step]:
         """Answer one reply of each session against fixed players (:meth:`start`)."""
-        if self.opponent is None:
-            raise InputError("opponent: self-play has a session for every seat; use act and poll")
+        if any(session.match.players.count(None) != 1 for session in sessions):
+            raise InputError(_SELF_PLAY)
         going = [
             (session, reply)
             for session, reply in zip(sessions, replies, strict=True)
