@@ -25,7 +25,8 @@ from torch import Tensor
 from normkit.functional.matching import match
 from normkit.rl.advantage import estimate
 from normkit.rl.tool_calls import Parsed, ToolCall
-from normkit.rl.tool_rewards import MatchOptions, Trace, tool_similarity, turn_rewards
+from normkit.rl.tool_rewards import MatchOptions, Trace, turn_rewards
+from normkit.rl.tool_similarity import tool_similarity
 
 GREEDY = MatchOptions("greedy")
 

@@ -1,4 +1,4 @@
-"""Similarity, turn rewards and metrics: worked numbers of the card, laws, a loop as oracle."""
+"""Turn rewards and metrics: worked numbers of the card, laws, a loop as oracle."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normkit.errors import InputError
-from normkit.rl.tool_calls import AnyOf, Parsed, ToolCall, read_bfcl
+from normkit.rl.tool_calls import Parsed, ToolCall
 from normkit.rl.tool_rewards import (
     MatchOptions,
     Trace,
     answer_f1,
     count_solved,
     find_answer,
-    similarity_matrix,
-    tool_similarity,
     tool_trace,
     turn_rewards,
 )
 from tests.reference import matchtir as oracle
-
-GOLD = ToolCall("weather", {"city": "Paris", "unit": "C"})
 
 values = st.sampled_from([1, 2, "1", "x", True, [1, 2], [2, 1], {"a": 1}, None])
 calls = st.builds(
@@ -44,71 +40,6 @@ def trace(turns, gold, answers=None):
 
 def pay(turns, gold, answers=None, **options):
     return turn_rewards([trace(turns, gold, answers)], MatchOptions(**options))[0]
-
-
-# ---------------------------------------------------------------------- similarity
-
-
-@pytest.mark.parametrize(
-    ("predicted", "gold", "expected"),
-    [
-        (ToolCall("weather", {"city": "Paris", "days": 3}), GOLD, 0.583333),
-        (GOLD, GOLD, 1.0),
-        (ToolCall("WEATHER", {"city": "Paris", "unit": "C"}), GOLD, 1.0),
-        (ToolCall("climate", dict(GOLD.arguments)), GOLD, 0.0),
-        (ToolCall("now"), ToolCall("now"), 1.0),
-        (ToolCall("weather", {"place": 1}), GOLD, 1 / 4),
-        (ToolCall("weather"), GOLD, 1 / 4),
-        (GOLD, ToolCall("weather"), 1 / 2),
-        (ToolCall("f", {"x": "3"}), ToolCall("f", {"x": 3}), 2 / 3),
-        (ToolCall("f", {"x": 3.0}), ToolCall("f", {"x": 3}), 1.0),
-        (ToolCall("f", {"x": True}), ToolCall("f", {"x": 1}), 1.0),
-        (ToolCall("f", {"x": [2, 1]}), ToolCall("f", {"x": [1, 2]}), 2 / 3),
-        # One parameter too many: J is 2/3, all values right.
-        (ToolCall("weather", {**GOLD.arguments, "days": 3}), GOLD, (1 + 2 / 3 + 2) / 4),
-    ],
-)
-def test_worked_similarities(predicted, gold, expected):
-    assert tool_similarity(predicted, gold) == pytest.approx(expected, abs=1e-6)
-
-
-@given(calls, calls)
-def test_similarity_is_that_of_the_loop(p, g):
-    s = tool_similarity(p, g)
-    assert 0 <= s <= 1
-    assert tool_similarity(g, g) == 1
-    assert s == pytest.approx(oracle.similarity(plain(p), plain(g)), abs=1e-12)
-    if len(p.arguments) == len(g.arguments):
-        assert s == pytest.approx(tool_similarity(g, p), abs=1e-12)
-
-
-def test_values_can_be_compared_otherwise():
-    lenient = tool_similarity(
-        ToolCall("f", {"x": "3", "y": ["A"]}),
-        ToolCall("f", {"x": 3, "y": ["a"]}),
-        lambda a, b: str(a).lower() == str(b).lower(),
-    )
-    assert lenient == 1
-
-
-def test_accepted_values_and_parameters_that_may_be_left_out():
-    (gold,) = read_bfcl([{"f": {"x": [1, "one"], "y": ["", 5], "z": [{"k": [1], "o": ["", 2]}]}}])
-
-    def s(**arguments):
-        return tool_similarity(ToolCall("f", arguments), gold)
-
-    assert s(x="one", z={"k": 1}) == s(x=1, y=5, z={"k": 1, "o": 2}) == 1
-    # y given wrongly: three parameters, two of them right.
-    assert s(x=1, y=6, z={"k": 1}) == pytest.approx(4 / 5)
-    assert s(x=1, z={}) == s(x=1, z={"k": 1, "q": 1}) == s(x=1, z=7) == pytest.approx(3 / 4)
-    listed = ToolCall("f", {"x": AnyOf(([{"a": AnyOf((1, 2))}],))})
-    assert tool_similarity(ToolCall("f", {"x": [{"a": 2}]}), listed) == 1
-    assert tool_similarity(ToolCall("f", {"x": [{"a": 2}] * 2}), listed) == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize(("m", "n"), [(0, 0), (0, 2), (2, 0), (3, 2)])
-def test_the_matrix_has_a_row_per_call(m, n):
-    assert similarity_matrix([GOLD] * m, [GOLD] * n).tolist() == [[1.0] * n] * m
 
 
 # ---------------------------------------------------------------------- turns

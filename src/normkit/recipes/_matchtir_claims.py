@@ -15,7 +15,8 @@ from normkit.rl.advantage import estimate
 from normkit.rl.environments.tool_tasks import make_tasks
 from normkit.rl.environments.toolbox import Toolbox
 from normkit.rl.tool_calls import Parsed, ToolCall
-from normkit.rl.tool_rewards import Trace, tool_similarity, turn_rewards
+from normkit.rl.tool_rewards import Trace, turn_rewards
+from normkit.rl.tool_similarity import tool_similarity
 
 _RAGGED = ((1.0, 0.0, 0.5), (0.0, 1.0), (0.5, 0.5, 1.0, 0.3))
 _LOSING = [[1.0, 0.5], [0.6, 0.0]]

@@ -28,7 +28,8 @@ from normkit.rl.advantage import estimate
 from normkit.rl.environments.tool_tasks import Task, make_tasks
 from normkit.rl.environments.toolbox import Toolbox
 from normkit.rl.tool_calls import ToolCall
-from normkit.rl.tool_rewards import answer_f1, similarity_matrix
+from normkit.rl.tool_rewards import answer_f1
+from normkit.rl.tool_similarity import similarity_matrix
 
 LONGEST = 6
 DISTRACTORS = 3

@@ -1,20 +1,16 @@
 r"""Turn rewards for tool use: every call is paid by the reference call that it is matched with.
 
-MatchTIR (arXiv 2601.10712). The similarity of a predicted call p to a reference call g is 0 where
-their names differ, whatever the case, and else
-
-``s = (1 + J(keys g, keys p) + sum_k [p[k] == g[k]]) / (2 + |g|)``,
-
-J the Jaccard index of the parameter names, k over the parameters of g. Calls are matched over the
-whole dialogue: one made too early, or in another order, still finds its reference. A turn earns the
-mean over its calls, a turn with an answer the F1 of its words, any other 0.
+MatchTIR (arXiv 2601.10712). Calls are matched by their similarity
+(:mod:`normkit.rl.tool_similarity`) over the whole dialogue: one made too early, or in another
+order, still finds its reference. A turn earns the mean over its calls, a turn with an answer the F1
+of its words, any other 0.
 
 Differences from the authors' code: calls that cannot be read are counted (and optionally paid as
 calls that match nothing); no reference calls give zeros, not a division by zero; the matching that
-they name Hungarian is greedy (:mod:`normkit.functional.matching`); a parameter that may be left out
-and was is as if the reference did not have it.
+they name Hungarian is greedy (:mod:`normkit.functional.matching`).
 
-Shapes: B dialogues; m predicted calls; n reference calls; T turns.
+Shapes: B dialogues; C predicted calls of all of them; m predicted calls of the dialogue that has
+most; n reference calls; T turns.
 """
 
 from __future__ import annotations
@@ -22,79 +18,26 @@ from __future__ import annotations
 import operator
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from normkit.errors import InputError
-from normkit.functional.matching import METHODS, Method, match
-from normkit.rl.tool_calls import AnyOf, Parsed, ToolCall, read_openai, read_qwen
+from normkit.functional.matching import METHODS, Matching, Method, match
+from normkit.rl.tool_calls import Parsed, ToolCall, read_openai, read_qwen
+from normkit.rl.tool_similarity import Equal, similarities
 
-Equal = Callable[[Any, Any], bool]
+T = TypeVar("T")
+_Array = npt.NDArray[Any]
+
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _SPACED = str.maketrans(dict.fromkeys(string.punctuation, " "))
-
-
-def tool_similarity(predicted: ToolCall, gold: ToolCall, equal: Equal = operator.eq) -> float:
-    """Similarity of a predicted to a reference call, in 0..1 (formula: head of this module).
-
-    Args:
-        predicted: what the model called.
-        gold: what it should have; values may be :class:`~normkit.rl.tool_calls.AnyOf`.
-        equal: compares two values; by default Python's ``==``, for which ``3 != "3"``, but
-            ``1 == 1.0 == True``.
-    """
-    if predicted.name.lower() != gold.name.lower():
-        return 0.0
-    given = predicted.arguments
-    wanted = {k: v for k, v in gold.arguments.items() if k in given or not _optional(v)}
-    right = sum(k in given and accepts(v, given[k], equal) for k, v in wanted.items())
-    common = len(wanted.keys() & given.keys())
-    union = len(wanted) + len(given) - common
-    return (1 + (common / union if union else 1.0) + right) / (2 + len(wanted))
-
-
-def accepts(pattern: Any, value: Any, equal: Equal = operator.eq) -> bool:
-    """Whether a value is the one of a reference, or one of those it accepts."""
-    if isinstance(pattern, AnyOf):
-        return any(accepts(one, value, equal) for one in pattern.values)
-    if isinstance(pattern, dict) and isinstance(value, dict):
-        required = {k for k, v in pattern.items() if not _optional(v)}
-        return required <= value.keys() <= pattern.keys() and all(
-            accepts(pattern[k], v, equal) for k, v in value.items()
-        )
-    if isinstance(pattern, list) and isinstance(value, list):
-        return len(pattern) == len(value) and all(
-            accepts(p, v, equal) for p, v in zip(pattern, value, strict=True)
-        )
-    return bool(equal(pattern, value))
-
-
-def similarity_matrix(
-    predicted: Sequence[ToolCall], gold: Sequence[ToolCall], equal: Equal = operator.eq
-) -> Tensor:
-    """Similarities ``[m, n]``, float64."""
-    return _similarities([predicted], [gold], equal)[0]
-
-
-def _similarities(
-    predicted: Sequence[Sequence[ToolCall]], gold: Sequence[Sequence[ToolCall]], equal: Equal
-) -> Tensor:
-    """Similarities of many dialogues ``[B, m, n]``, 0 where one has fewer calls."""
-    longest = [max(map(len, side), default=0) for side in (predicted, gold)]
-    out = np.zeros((len(predicted), *longest))
-    for b, (calls, references) in enumerate(zip(predicted, gold, strict=True)):
-        places: dict[str, list[int]] = {}
-        for j, reference in enumerate(references):
-            places.setdefault(reference.name.lower(), []).append(j)
-        for i, call in enumerate(calls):
-            for j in places.get(call.name.lower(), ()):
-                out[b, i, j] = tool_similarity(call, references[j], equal)
-    return torch.from_numpy(out)
 
 
 def answer_f1(answer: str, reference: str) -> float:
@@ -124,31 +67,52 @@ class Trace:
     answers: Mapping[int, float] = field(default_factory=dict)
 
     @property
+    def paid(self) -> list[list[ToolCall]]:
+        """The calls of each turn that are paid."""
+        if not self.answers:
+            return [parsed.calls for parsed in self.turns]
+        return [[] if t in self.answers else x.calls for t, x in enumerate(self.turns)]
+
+    @property
     def calls(self) -> list[ToolCall]:
         """The calls that are paid, in order."""
-        return [c for t, p in enumerate(self.turns) if t not in self.answers for c in p.calls]
+        return list(chain.from_iterable(self.paid))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TurnRewards:
     """Rewards of a dialogue.
 
     Attributes:
         turns: reward of each turn ``[T]``.
         calls: what each call earned ``[m]``, in order.
-        similarity: similarities ``[m, n]``.
         assignment: reference of each call ``[m]``, -1 for none; None for "ot".
-        plan: mass between calls and references ``[m, n]``, to be drawn as a heat map; None but for
-            "ot".
         failures: reasons of the calls that could not be read.
+        batch: similarities and matching of all dialogues that were paid together.
+        place: row of this dialogue in the batch, and how many references it has.
     """
 
     turns: list[float]
     calls: list[float]
-    similarity: Tensor
     assignment: list[int] | None
-    plan: Tensor | None
     failures: list[str]
+    batch: tuple[Tensor, Matching]
+    place: tuple[int, int]
+
+    @property
+    def similarity(self) -> Tensor:
+        """Similarities ``[m, n]``."""
+        return self._own(self.batch[0])
+
+    @property
+    def plan(self) -> Tensor | None:
+        """Mass between calls and references ``[m, n]``, to be drawn as a heat map; else None."""
+        plan = self.batch[1].plan
+        return None if plan is None else self._own(plan)
+
+    def _own(self, grid: Tensor) -> Tensor:
+        row, n = self.place
+        return grid[row, : len(self.calls), :n]
 
 
 @dataclass(frozen=True)
@@ -188,49 +152,68 @@ def turn_rewards(traces: Sequence[Trace], options: MatchOptions | None = None) -
         options: how calls are paid.
     """
     options = options or MatchOptions()
-    calls, gold = [trace.calls for trace in traces], [trace.gold for trace in traces]
-    similarity = _similarities(calls, gold, options.equal)
-    m, n = [len(x) for x in calls], [len(x) for x in gold]
+    turns = list(chain.from_iterable(trace.paid for trace in traces))
+    lengths = np.array([len(trace.turns) for trace in traces], np.int64)
+    sizes = np.fromiter(map(len, turns), np.int64, len(turns))
+    m = np.bincount(np.repeat(np.arange(len(traces)), lengths), sizes, len(traces)).astype(np.int64)
+    n = np.array([len(trace.gold) for trace in traces], np.int64)
+    gold = [trace.gold for trace in traces]
+    similarity = similarities(list(chain.from_iterable(turns)), m, gold, options.equal)
+    rows = torch.arange(similarity.shape[1]) < torch.from_numpy(m)[:, None]
     matching = match(
         similarity,
         options.method,
-        rows=torch.arange(similarity.shape[1]) < torch.tensor(m)[:, None],
-        columns=torch.arange(similarity.shape[2]) < torch.tensor(n)[:, None],
+        rows=rows,
+        columns=torch.arange(similarity.shape[2]) < torch.from_numpy(n)[:, None],
         reg=options.reg,
         unmatched=options.unmatched,
         rescale=options.rescale,
     )
-    paid = matching.reward.tolist()
-    assignment = None if matching.assignment is None else matching.assignment.tolist()
-    out = []
-    for b, trace in enumerate(traces):
-        out.append(
-            TurnRewards(
-                _by_turn(trace, paid[b], options),
-                paid[b][: m[b]],
-                similarity[b, : m[b], : n[b]],
-                None if assignment is None else assignment[b][: m[b]],
-                None if matching.plan is None else matching.plan[b, : m[b], : n[b]],
-                [reason for parsed in trace.turns for reason in parsed.failures],
-            )
+    earned = matching.reward[rows]
+    means = _by_turn(traces, sizes, earned.numpy(), options)
+    found = matching.assignment
+    columns = [None] * len(traces) if found is None else _split(found[rows].tolist(), m)
+    return [
+        TurnRewards(
+            by_turn,
+            by_call,
+            assignment,
+            [reason for parsed in trace.turns for reason in parsed.failures],
+            (similarity, matching),
+            (b, len(trace.gold)),
         )
-    return out
+        for b, (trace, by_turn, by_call, assignment) in enumerate(
+            zip(traces, _split(means, lengths), _split(earned.tolist(), m), columns, strict=True)
+        )
+    ]
 
 
-def _by_turn(trace: Trace, paid: Sequence[float], options: MatchOptions) -> list[float]:
-    """Mean of what each turn's calls earned."""
-    out, start = [], 0
-    for t, parsed in enumerate(trace.turns):
-        if t in trace.answers:
-            out.append(trace.answers[t])
-            continue
-        stop = start + len(parsed.calls)
-        earned = list(paid[start:stop])
-        if options.unreadable == "count":
-            earned += [options.unmatched] * len(parsed.failures)
-        out.append(sum(earned) / len(earned) if earned else 0.0)
-        start = stop
-    return out
+def _by_turn(
+    traces: Sequence[Trace],
+    sizes: npt.NDArray[Any],
+    earned: npt.NDArray[Any],
+    options: MatchOptions,
+) -> list[float]:
+    """Mean of what the calls of each turn earned, dialogue by dialogue."""
+    turns = len(sizes)
+    total: _Array = np.bincount(np.repeat(np.arange(turns), sizes), earned, turns)
+    if options.unreadable == "count":
+        failed = [len(parsed.failures) for trace in traces for parsed in trace.turns]
+        total = total + options.unmatched * np.array(failed)
+        sizes = sizes + np.array(failed)
+    means: list[float] = (total / np.maximum(sizes, 1)).tolist()
+    start = 0
+    for trace in traces:
+        for t, reward in trace.answers.items():
+            means[start + t] = reward
+        start += len(trace.turns)
+    return means
+
+
+def _split(values: list[T], sizes: _Array) -> list[list[T]]:
+    """Cut a list into pieces of these sizes."""
+    stops = sizes.cumsum().tolist()
+    return [values[a:b] for a, b in zip([0, *stops], stops, strict=False)]
 
 
 def tool_trace(
@@ -323,7 +306,3 @@ def count_solved(
             wrong += 1
         seen.append(call)
     return Solved(solved, len(calls), len(needed), repeated, wrong)
-
-
-def _optional(pattern: Any) -> bool:
-    return isinstance(pattern, AnyOf) and pattern.optional
