@@ -77,6 +77,15 @@ def test_an_update_does_not_remember_the_last_one():
         assert float(correction.correct().bias) == pytest.approx(expected)
 
 
+def test_an_update_that_was_given_up_leaves_nothing_behind():
+    module = layer()
+    correction = ClippingBias(module.parameters())
+    correction.collect(along(module, [0.0, 7.0, 0.0]))
+    correction.forget()
+    along(module, [1.0, 0.0, 0.0]).backward()
+    assert correction.correct().bias == 0
+
+
 @pytest.mark.parametrize("mode", ["floor", "ratio", "measure"])
 def test_where_nothing_is_clipped_there_is_no_second_pass_and_no_change(mode, monkeypatch):
     module = layer()

@@ -154,6 +154,10 @@ class ClippingBias:
             self._sums = [torch.zeros_like(p) for p in self.parameters]
         torch._foreach_add_(self._sums, parts)
 
+    def forget(self) -> None:
+        """Drop what an update has collected that was given up before :meth:`correct`."""
+        self._sums = None
+
     @torch.no_grad()
     def correct(self) -> BiasNorms:
         """Rescale ``p.grad`` of all parameters, forget C, and return the norms."""

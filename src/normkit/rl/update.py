@@ -226,6 +226,8 @@ class PolicyUpdate:
     def _optimize(self, batch: _Batch, chosen: Sequence[int], share: float) -> dict[str, float]:
         """Update once on the rows that were chosen, at a share of the peak learning rates."""
         self.optimizer.zero_grad(set_to_none=True)  # a failed pass may have left some
+        if self.correction is not None:
+            self.correction.forget()
         columns = {**batch.columns, **self._weights(batch, chosen)}
         pieces = self._micro_batches(batch.rows, chosen)
         totals: dict[str, float] = {}
