@@ -10,21 +10,9 @@ from normkit.errors import InputError
 from normkit.rl import policy
 from normkit.rl.dialogue import PackedRow
 from normkit.rl.policy import collate, token_logprobs
-from tests.rl.tiny import tiny_model, tiny_tokenizer
+from tests.rl.tiny import tiny_batch, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-
-
-def batch(count=3, seed=0):
-    torch.manual_seed(seed)
-    rows = []
-    for i in range(count):
-        length = 20 + 7 * i
-        ids = torch.randint(0, 250, (length,))
-        turn_row = torch.full((length,), -1)
-        turn_row[5:9], turn_row[12 : 15 + i] = 2 * i, 2 * i + 1
-        rows.append(PackedRow(ids, turn_row, torch.zeros(length)))
-    return collate(rows)
 
 
 def by_autograd(model, batch, temperature):
@@ -43,15 +31,18 @@ def gradients(model, logprob, entropy, of_entropy):
     return torch.autograd.grad(loss, weights)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 256])
+@pytest.mark.parametrize(("kept", "chunk", "block"), [(1 << 27, 9, 5), (0, 1, 32), (0, 7, 3)])
 @pytest.mark.parametrize("of_entropy", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_values_and_gradients_are_those_of_autograd(monkeypatch, chunk, of_entropy, tied):
-    monkeypatch.setattr(policy, "_CHUNK", chunk)
+def test_values_and_gradients_are_those_of_autograd(
+    monkeypatch, kept, chunk, block, of_entropy, tied
+):
+    for name, value in (("_KEPT", kept), ("_CHUNK", chunk), ("_BLOCK", block)):
+        monkeypatch.setattr(policy, name, value)
     model = tiny_model(TOKENIZER)
     if not tied:
         model.lm_head = nn.Linear(32, len(TOKENIZER))
-    data = batch()
+    data = tiny_batch()
     expected = by_autograd(model, data, 0.7)
     found = token_logprobs(model, data, 0.7, entropy=True)
     for a, b in zip(found, expected, strict=True):
@@ -69,27 +60,43 @@ def test_a_frozen_projection_gets_no_gradient_and_passes_it_on():
     model = tiny_model(TOKENIZER)
     model.requires_grad_(False)
     norm = model.model.norm.weight.requires_grad_()
-    data = batch()
+    data = tiny_batch()
     (found,) = torch.autograd.grad(token_logprobs(model, data)[0].sum(), norm)
     (expected,) = torch.autograd.grad(by_autograd(model, data, 1.0)[0].sum(), norm)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_under_autocast_the_backward_pass_computes_as_the_forward_pass_did():
-    model, data = tiny_model(TOKENIZER), batch()
+@pytest.mark.parametrize(("kept", "calls"), [(1 << 27, 1), (0, 2)])
+def test_under_autocast_the_backward_pass_computes_as_the_forward_pass_did(
+    monkeypatch, kept, calls
+):
+    monkeypatch.setattr(policy, "_KEPT", kept)
+    model, data = tiny_model(TOKENIZER), tiny_batch()
     seen = []
     model.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logprob, _ = token_logprobs(model, data)
     logprob.sum().backward()
     assert logprob.dtype == torch.float32
-    assert seen == [torch.bfloat16] * 2
+    assert seen == [torch.bfloat16] * calls
     torch.testing.assert_close(logprob, by_autograd(model, data, 1.0)[0], atol=5e-2, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [1 << 27, 0])
+def test_a_graph_that_is_retained_gives_its_gradients_again(monkeypatch, kept):
+    monkeypatch.setattr(policy, "_KEPT", kept)
+    model = tiny_model(TOKENIZER)
+    logprob, _ = token_logprobs(model, tiny_batch())
+    weights = list(model.parameters())
+    first = torch.autograd.grad(logprob.sum(), weights, retain_graph=True)
+    again = torch.autograd.grad(2 * logprob.sum(), weights)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(2 * a, b)
 
 
 def test_without_gradient_nothing_is_kept():
     with torch.no_grad():
-        logprob, entropy = token_logprobs(tiny_model(TOKENIZER), batch(), entropy=True)
+        logprob, entropy = token_logprobs(tiny_model(TOKENIZER), tiny_batch(), entropy=True)
     assert not logprob.requires_grad
     assert not entropy.requires_grad
     assert (entropy > 0).all()
@@ -111,4 +118,4 @@ def test_what_cannot_be_scored_is_named():
     model = tiny_model(TOKENIZER)
     model.config.logit_scale = 0.5
     with pytest.raises(InputError, match="logit_scale"):
-        token_logprobs(model, batch())
+        token_logprobs(model, tiny_batch())

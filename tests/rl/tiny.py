@@ -6,6 +6,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from normkit.rl.dialogue import PackedRow
+from normkit.rl.policy import collate
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -23,6 +26,19 @@ def tiny_tokenizer():
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.chat_template = TEMPLATE
     return fast
+
+
+def tiny_batch(count=3, seed=0):
+    """Rows of different length with two replies each."""
+    torch.manual_seed(seed)
+    rows = []
+    for i in range(count):
+        length = 20 + 7 * i
+        ids = torch.randint(0, 250, (length,))
+        turn_row = torch.full((length,), -1)
+        turn_row[5:9], turn_row[12 : 15 + i] = 2 * i, 2 * i + 1
+        rows.append(PackedRow(ids, turn_row, torch.zeros(length)))
+    return collate(rows)
 
 
 def tiny_model(tokenizer, seed=0):

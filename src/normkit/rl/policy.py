@@ -17,9 +17,17 @@ from torch.utils.checkpoint import checkpoint
 
 from normkit.errors import InputError
 from normkit.rl.dialogue import PackedRow
+from normkit.rl.inference import unwrap
+from normkit.rl.row_attention import rows_attend
+
+_KEPT = 1 << 27
+"""Logits of a batch up to this many are kept for the backward pass; more are made anew there."""
 
 _CHUNK = 256
-"""Positions whose logits exist at once; bounds memory at ``_CHUNK x V``."""
+"""Positions whose logits are made at once where they are not kept."""
+
+_BLOCK = 32
+"""Positions whose logits go through float32 at once: few enough to stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,12 @@ def token_states(
     Returns:
         Hidden states ``[M, D]`` and the projection.
     """
-    with _hidden_states_only(model) as head, _recomputed_layers(model, recompute):
+    inner = unwrap(model)
+    with (
+        _hidden_states_only(inner) as head,
+        _recomputed_layers(inner, recompute),
+        rows_attend(inner),
+    ):
         hidden = model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
@@ -172,15 +185,23 @@ class _TokenScores(torch.autograd.Function):
         ctx.head, ctx.temperature = head, temperature
         ctx.save_for_backward(target, hidden, *weights)
         ctx.set_materialize_grads(False)
+        vocabulary = max(len(parameter) for parameter in head.parameters())
+        keep = any(ctx.needs_input_grad) and len(target) * vocabulary <= _KEPT
+        ctx.kept = []
         logprob, spread = hidden.new_zeros(2, len(target), dtype=torch.float32)
-        for part in _chunks(target):
-            shifted = _shift(head(hidden[part]), temperature)
-            chosen = shifted.gather(-1, target[part, None])[:, 0]
-            powers = shifted.exp() if entropy else shifted.exp_()
-            total = powers.sum(-1)
-            logprob[part] = chosen - total.log()
-            if entropy:
-                spread[part] = _entropy(powers, shifted, total)
+        for part in _parts(len(target), max(len(target), 1) if keep else _CHUNK):
+            states, logits = _project(head, hidden[part], keep)
+            for block in _parts(len(logits), _BLOCK):
+                rows = slice(part.start + block.start, part.start + block.stop)
+                shifted = _shift(logits[block], temperature)
+                chosen = shifted.gather(-1, target[rows, None])[:, 0]
+                powers = shifted.exp() if entropy else shifted.exp_()
+                total = powers.sum(-1)
+                logprob[rows] = chosen - total.log()
+                if entropy:
+                    spread[rows] = _entropy(powers, shifted, total)
+            if keep:
+                ctx.kept.append((part, states, logits))
         return logprob, spread
 
     @staticmethod
@@ -193,30 +214,42 @@ class _TokenScores(torch.autograd.Function):
         slopes = [torch.zeros_like(tensor) for tensor in (hidden, *weights)]
         kind, dtype, enabled = ctx.autocast
         with torch.autocast(kind, dtype=dtype, enabled=enabled):
-            for part in _chunks(target):
-                with torch.enable_grad():
-                    states = hidden[part].detach().requires_grad_()
-                    logits = ctx.head(states)
-                slope = _logit_slope(
-                    _shift(logits.detach(), ctx.temperature),
-                    target[part],
-                    of_logprob[part],
-                    None if of_entropy is None else of_entropy[part],
-                ).div_(ctx.temperature)
-                found = torch.autograd.grad(logits, (states, *weights), slope.to(logits.dtype))
+            anew = (
+                (part, *_project(ctx.head, hidden[part], True))
+                for part in _parts(len(target), _CHUNK)
+            )
+            for part, states, logits in ctx.kept or anew:
+                slope = torch.empty_like(logits)
+                for block in _parts(len(logits), _BLOCK):
+                    rows = slice(part.start + block.start, part.start + block.stop)
+                    slope[block] = _logit_slope(
+                        _shift(logits[block].detach(), ctx.temperature),
+                        target[rows],
+                        of_logprob[rows] / ctx.temperature,
+                        None if of_entropy is None else of_entropy[rows] / ctx.temperature,
+                    )
+                # A second backward pass through the scores goes through the same projection.
+                found = torch.autograd.grad(logits, (states, *weights), slope, retain_graph=True)
                 slopes[0][part] = found[0]
                 for total, more in zip(slopes[1:], found[1:], strict=True):
                     total.add_(more)
         return None, None, None, None, *slopes
 
 
-def _chunks(target: Tensor) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, len(target), _CHUNK))
+def _parts(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _project(head: nn.Module, hidden: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
+    """States cut loose from what made them, and their logits."""
+    with torch.set_grad_enabled(differentiable):
+        states = hidden.detach().requires_grad_(differentiable)
+        return states, head(states)
 
 
 def _shift(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature in float32, each row less its largest; may overwrite them."""
-    scaled = logits.float().div_(temperature)
+    """Logits over the temperature in float32, each row less its largest."""
+    scaled = logits.float() / temperature
     return scaled.sub_(scaled.amax(-1, keepdim=True))
 
 
@@ -241,15 +274,12 @@ def _logit_slope(
 
 
 @contextmanager
-def _hidden_states_only(model: nn.Module) -> Iterator[Any]:
+def _hidden_states_only(inner: Any) -> Iterator[Any]:
     """Let the model return what its vocabulary projection is given; yield the projection.
 
     Replacing the projection for one call leaves every wrapper (PEFT, DDP) and its hooks in place,
     where calling the inner decoder would go around them.
     """
-    inner: Any = getattr(model, "module", model)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
     config = inner.config
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, name, None) not in (None, 1, 1.0):
@@ -279,7 +309,9 @@ def _recomputed_layers(model: nn.Module, recompute: bool) -> Iterator[None]:
         raise InputError(f"recompute: {type(model).__name__} has no list of layers")
     layers = max(stacks, key=lambda s: sum(p.numel() for p in s.parameters()), default=())
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        # The backward pass computes them when this block is over, with the attention they had.
+        forward = rows_attend(model)(layer.forward)
+        layer.forward = partial(checkpoint, forward, use_reentrant=False)
     try:
         yield
     finally:
