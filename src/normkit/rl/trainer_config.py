@@ -23,7 +23,8 @@ class TrainerConfig:
         estimator: how turns are credited (a key of :data:`normkit.rl.advantage.ESTIMATORS`).
         estimator_options: its options.
         critic: options of the critic, where the estimator ("ppo") needs one.
-        correction: what :class:`normkit.optim.ClippingBias` makes of gradients; "measure" watches
+        correction: what :class:`normkit.optim.ClippingBias` makes of the policy's gradients, those
+            of the divergence and of a critic that is not detached among them; "measure" watches
             the clipping bias only, None does not compute it.
         correction_floor: clipping bias that the correction "floor" lets pass.
         learning_rate: peak of the schedule.

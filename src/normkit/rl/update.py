@@ -228,6 +228,27 @@ class PolicyUpdate:
         self.optimizer.zero_grad(set_to_none=True)  # a failed pass may have left some
         if self.correction is not None:
             self.correction.forget()
+        numbers = self._accumulate(batch, chosen)
+        numbers.update(self._corrected())
+        norm = self.engine.clip_gradients(
+            [p for group in self.optimizer.param_groups for p in group["params"]],
+            self.config.max_grad_norm,
+        )
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = share * peak
+        if torch.isfinite(norm):
+            self.whole = False
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            **numbers,
+            "grad_norm": float(norm),
+            "learning_rate": share * self.config.learning_rate,
+            "skipped_updates": float(not torch.isfinite(norm)),
+        }
+
+    def _accumulate(self, batch: _Batch, chosen: Sequence[int]) -> dict[str, float]:
+        """Gather the gradients of the rows that were chosen, and their numbers."""
         columns = {**batch.columns, **self._weights(batch, chosen)}
         pieces = self._micro_batches(batch.rows, chosen)
         totals: dict[str, float] = {}
@@ -246,24 +267,7 @@ class PolicyUpdate:
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 join = max if name.endswith("_max") else float.__add__
                 totals[name] = join(totals.get(name, 0.0), float(value))
-        numbers = self._over_processes(totals)
-        numbers.update(self._corrected())
-        norm = self.engine.clip_gradients(
-            [p for group in self.optimizer.param_groups for p in group["params"]],
-            self.config.max_grad_norm,
-        )
-        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = share * peak
-        if torch.isfinite(norm):
-            self.whole = False
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {
-            **numbers,
-            "grad_norm": float(norm),
-            "learning_rate": share * self.config.learning_rate,
-            "skipped_updates": float(not torch.isfinite(norm)),
-        }
+        return self._over_processes(totals)
 
     def _loss(
         self, batch: TokenBatch, part: Mapping[str, Tensor]
