@@ -59,6 +59,11 @@ def open_run(config: Any, folder: Path) -> RunLogger:
     return logger
 
 
+def begun(folder: Path) -> bool:
+    """Whether a run folder has a checkpoint to go on from."""
+    return (standing_folder(folder / "checkpoint") / "state.json").exists()
+
+
 def progress(console: Console, score: str) -> Callable[[str, Mapping[str, Any]], None]:
     """What a trainer reports to: one line a step."""
 
@@ -90,12 +95,12 @@ def conduct(
     """
     started, folder = time.perf_counter(), logger.folder
     if not (folder / "before.json").exists():
-        _evaluate(trainer, folder, "before", study, console)
-    if (standing_folder(folder / "checkpoint") / "state.json").exists():
+        evaluate(trainer, folder, "before", study, console)
+    if begun(folder):
         trainer.resume(folder / "checkpoint")
         console.print(f"resumed after step {trainer.step}")
     trainer.train(folder / "checkpoint")
-    _evaluate(trainer, folder, "after", study, console)
+    evaluate(trainer, folder, "after", study, console)
     results = _summarize(trainer, folder, study, time.perf_counter() - started)
     return finish(logger, results, console)
 
@@ -114,12 +119,14 @@ def play_heldout(trainer: Trainer, count: int) -> list[Dialogue]:
         rollout.config = sampling
 
 
-def _evaluate(trainer: Trainer, folder: Path, name: str, study: Study, console: Console) -> None:
+def evaluate(trainer: Trainer, folder: Path, name: str, study: Study, console: Console) -> float:
+    """Play, write ``<name>.json``, and return the mean score."""
     with console.status(f"{study.tasks} {name} training"):
         dialogues = study.play(trainer)
     write_json(folder / f"{name}.json", {"dialogues": [_record(d) for d in dialogues]})
     mean = finite_mean([d.scores["score"] for d in dialogues])
     console.print(f"{name} training: {study.score} of {study.tasks} {mean:.3f}", highlight=False)
+    return mean
 
 
 def _summarize(trainer: Trainer, folder: Path, study: Study, seconds: float) -> dict[str, Any]:

@@ -26,3 +26,178 @@ Fields of ``recipes.st_ppo.Config`` that this file reads, with their defaults:
     heldout: int = 40                 held-out questions to score before and after
     seed: int = 0                     of everything
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from normkit.data.searchable import open_world
+from normkit.errors import InputError
+from normkit.recipes._language import (
+    Study,
+    begun,
+    conduct,
+    evaluate,
+    open_run,
+    play_heldout,
+    progress,
+)
+from normkit.report.plots import figure
+from normkit.rl.dialogue import Dialogue, finite_mean
+from normkit.rl.environments.search import SearchSession, SearchWorld, SearchWorldConfig
+from normkit.rl.imitation import imitate, write_dialogues
+from normkit.rl.presets import preset
+from normkit.rl.trainer import Trainer
+from normkit.runs import read_json, read_table
+
+if TYPE_CHECKING:
+    from normkit.recipes.st_ppo import Config
+
+METRICS = ("score", "f1", "found", "answered", "searches", "repeated", "malformed")
+_HITS = 2
+"""Passages that a search shows: prompts are what takes the time."""
+_LESSON = 1e-4
+"""Learning rate of the warm start."""
+
+
+class SearchTrainer(Trainer):
+    """The trainer, with the means of the world's other metrics among a step's numbers."""
+
+    def update(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+        """Credit and train the dialogues; describe how they searched."""
+        means = {name: finite_mean([d.scores[name] for d in dialogues]) for name in METRICS}
+        return {**means, **super().update(dialogues)}
+
+
+def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
+    """Train a chat model to search, scored on held-out questions before and after."""
+    from normkit.rl.models import load_policy
+    from normkit.rl.rollout import RolloutConfig
+
+    console = Console()
+    options, loss = preset(
+        config.method,
+        steps=config.steps,
+        groups=config.groups,
+        group_size=config.group_size,
+        mini_batches=config.mini_batches,
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lora_rank=config.lora_rank,
+        micro_batch_tokens=1024,
+        seed=config.seed,
+    )
+    world = open_world(
+        SearchWorldConfig(
+            max_turns=config.max_turns,
+            hits=_HITS,
+            hops=config.hops,
+            reward=config.reward,
+            bonus=config.bonus,
+        ),
+        config.corpus,
+        config.questions,
+    )
+    logger = open_run(config, folder)
+    with console.status(f"loading {config.model}"):
+        model, tokenizer = load_policy(config.model)
+    trainer = SearchTrainer(
+        model,
+        tokenizer,
+        world,
+        options,
+        RolloutConfig(max_new_tokens=config.max_new_tokens),
+        loss,
+        logger,
+        progress(console, "exact match"),
+    )
+    study = Study(
+        title=f"normkit run st-ppo: {config.method}, a chat model that searches",
+        about=f"{config.method} on {config.model}",
+        score="exact match",
+        metrics=METRICS,
+        play=partial(play_heldout, count=config.heldout),
+        tasks="held-out questions",
+        plot=plot,
+    )
+    if config.warm_start:
+        if not begun(folder):
+            _warm_start(trainer, world, study, config, folder, console)
+        untaught = [d["scores"]["score"] for d in read_json(folder, "untaught.json")["dialogues"]]
+        note = (
+            f"{config.warm_start} updates of supervised learning on reference dialogues of "
+            f"training questions came first; without them {study.score} is "
+            f"{finite_mean(untaught):.3f}"
+        )
+        study = replace(study, notes=(note,))
+    return conduct(trainer, logger, study, console)
+
+
+def _warm_start(
+    trainer: Trainer,
+    world: SearchWorld,
+    study: Study,
+    config: Config,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Score the model as it comes, then show it reference dialogues of the training questions."""
+    known = [task for task in world.tasks("train") if world.questions[task].queries]
+    if not known:
+        raise InputError("warm_start: no question comes with queries; set --warm-start 0")
+    if not (folder / "untaught.json").exists():
+        evaluate(trainer, folder, "untaught", study, console)
+    lessons = write_dialogues(world, known, _reference, trainer.rollout.format)
+    with console.status("imitating reference dialogues"):
+        losses = imitate(
+            trainer.model, lessons, config.warm_start, learning_rate=_LESSON, seed=config.seed
+        )
+    console.print(
+        f"{config.warm_start} updates on reference dialogues: {losses[0]:.2f} to {losses[-1]:.2f} "
+        "nats a token",
+        highlight=False,
+    )
+
+
+def _reference(session: SearchSession) -> str:
+    """The next reply that leads to the answer."""
+    question, place = session.question, len(session.actions)
+    if place < len(question.queries):
+        return f"<search>{question.queries[place]}</search>"
+    return f"<answer>{question.answers[0]}</answer>"
+
+
+def plot(folder: Path) -> None:
+    """Answers by step, and what off-policy updates did, by update."""
+    steps = read_table(folder)
+    updates = read_table(folder, "updates") or steps
+    with figure(folder / "plots" / "3_answers.png", columns=2, width=5.0) as (answers, searching):
+        _curves(answers, steps, METRICS[:4])
+        _curves(searching, steps, METRICS[4:])
+        for ax in (answers, searching):
+            ax.set(xlabel="step")
+        answers.set(title="training dialogues, means", ylim=(-0.02, 1.02))
+        searching.set(title="a training dialogue, counts")
+    with figure(folder / "plots" / "4_off-policy.png", columns=3, width=4.6) as (clip, bias, grad):
+        _curves(clip, updates, ("clip_fraction", "clip_fraction_turn"))
+        _curves(bias, updates, ("bias_norm",))
+        _curves(grad, updates, ("policy_grad_norm", "corrected_grad_norm"))
+        for ax in (clip, bias, grad):
+            ax.set(xlabel="update")
+        clip.set(title="share of tokens clipped")
+        bias.set(title="size of the clipping bias |C|")
+        grad.set(title="norm of the gradient")
+
+
+def _curves(ax: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """One curve for each column of a table."""
+    for name in names:
+        label = "exact match" if name == "score" else name.replace("_", " ")
+        ax.plot(range(1, len(rows) + 1), [r.get(name) for r in rows], marker=".", label=label)
+    ax.legend(fontsize=8)
