@@ -13,14 +13,20 @@ Differences from the authors' code: what they name Hungarian is the greedy match
 (``[[1, .5], [.6, 0]]``: 1.0, the optimum is 1.1), so both are here. Their transport divides by the
 scores' kernel and underflows for small ``reg``; here potentials are kept as logarithms.
 
+Hard matchings are found by NumPy and SciPy, on the CPU; transport runs where the scores are.
+
 Shapes: ``*`` any batch dimensions; B problems; m rows; n columns.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +34,7 @@ from normkit.errors import InputError, MissingDependencyError
 
 Method = Literal["hungarian", "greedy", "ot"]
 METHODS: tuple[Method, ...] = ("hungarian", "greedy", "ot")
+_Array = npt.NDArray[Any]
 _RIDGE = 1e-15
 """Keeps Newton's equations solvable where rows and columns hardly touch."""
 
@@ -80,10 +87,12 @@ def match(
     """
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    rows, columns = _check(score, rows, columns)
+    rows, columns = _masks(score, rows, columns)
     if method == "ot":
+        filled = score.masked_fill(~(rows.unsqueeze(-1) & columns.unsqueeze(-2)), 0)
+        _check_range(filled.detach())
         plan = sinkhorn(score, reg, rows, columns)
-        paid = (plan * score.masked_fill(~_pairs(rows, columns), 0)).sum(-1)
+        paid = (plan * filled).sum(-1)
         return Matching(paid * rows.sum(-1, keepdim=True) if rescale else paid, None, plan)
     solve = hungarian if method == "hungarian" else greedy
     assignment = solve(score, rows, columns)
@@ -98,9 +107,9 @@ def match(
 def hungarian(score: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
     """One-to-one matching with the largest sum of scores (Kuhn-Munkres).
 
-    Problems in which the best columns of all rows differ, or the best rows of all columns, are
-    solved at once: no matching can have a larger sum. The others go to SciPy one by one. Of several
-    optima any may be returned.
+    Problems in which every column can have one of its best rows for itself (every row one of its
+    best columns, where there are fewer rows) are solved at once: no matching can have a larger sum.
+    The others go to SciPy one by one. Of several optima any may be returned.
 
     Args:
         score: ``[*, m, n]``, finite, not negative.
@@ -113,23 +122,7 @@ def hungarian(score: Tensor, rows: Tensor | None = None, columns: Tensor | None 
     Raises:
         InputError: see :func:`match`.
     """
-    flat, shape = _flat(score, rows, columns)
-    by_row, row_solved = _best_of_rows(flat)
-    best_rows, column_solved = _best_of_rows(flat.mT)
-    assignment = torch.where(row_solved[:, None], by_row, _invert(best_rows, flat.shape[1]))
-    hard = (~(row_solved | column_solved)).nonzero().squeeze(1)
-    if len(hard):
-        try:
-            from scipy.optimize import linear_sum_assignment
-        except ImportError:
-            raise MissingDependencyError("scipy", "rl") from None
-        solved = torch.full((len(hard), flat.shape[1]), -1)
-        found = solved.numpy()
-        for place, matrix in zip(found, flat[hard].double().cpu().numpy(), strict=True):
-            i, j = linear_sum_assignment(matrix, maximize=True)
-            place[i] = j
-        assignment[hard] = solved.to(assignment.device)
-    return _without_zeros(flat, assignment).reshape(shape)
+    return _assigned(score, rows, columns, _hungarian)
 
 
 def greedy(score: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
@@ -147,16 +140,7 @@ def greedy(score: Tensor, rows: Tensor | None = None, columns: Tensor | None = N
     Raises:
         InputError: see :func:`match`.
     """
-    flat, shape = _flat(score, rows, columns)
-    size, m, n = flat.shape
-    assignment = flat.new_full((size, m), -1, dtype=torch.int64)
-    row, column = (torch.arange(k, device=flat.device) for k in (m, n))
-    for _ in range(min(m, n)):
-        largest, place = flat.view(size, m * n).max(1, keepdim=True)
-        of_row, of_column = place // n == row, place % n == column
-        assignment = torch.where(of_row & (largest > 0), place % n, assignment)
-        flat = flat.masked_fill(of_row.unsqueeze(2) | of_column.unsqueeze(1), 0)
-    return assignment.reshape(shape)
+    return _assigned(score, rows, columns, _greedy)
 
 
 def sinkhorn(
@@ -192,10 +176,11 @@ def sinkhorn(
     """
     if not reg > 0:
         raise InputError(f"reg must be above 0, got {reg}")
-    rows, columns = _check(score, rows, columns, signed=True)
+    rows, columns = _masks(score, rows, columns)
     if not score.numel():
         return torch.zeros_like(score)
-    pairs = _pairs(rows, columns).reshape(-1, *score.shape[-2:])
+    pairs = (rows.unsqueeze(-1) & columns.unsqueeze(-2)).reshape(-1, *score.shape[-2:])
+    _check_range(score.detach().reshape(pairs.shape).masked_fill(~pairs, 0), signed=True)
     logits = (score.double() / reg).reshape(pairs.shape).masked_fill(~pairs, -torch.inf)
     masses = _uniform(pairs.any(2)), _uniform(pairs.any(1))
     g, settled = _potentials(logits.detach(), masses, tolerance, iterations)
@@ -207,8 +192,8 @@ def sinkhorn(
         )
     if score.requires_grad:
         # At the solution a Newton step changes nothing but the derivative.
-        plan, error = _plan(logits, g, masses)
-        g = g + _newton(plan.detach(), error, masses)
+        plan, lack, _ = _plan(logits, g, masses)
+        g = g + _newton(plan.detach(), lack, masses)
     return _plan(logits, g, masses)[0].reshape(score.shape).to(score.dtype)
 
 
@@ -217,16 +202,18 @@ def _potentials(
 ) -> tuple[Tensor, bool]:
     """Potentials of the columns ``[B, n]``, and whether all problems settled."""
     out = torch.zeros_like(masses[1])
+    of_rows = _row_potential(logits, out, masses)
     live = torch.arange(len(out), device=out.device)
     for _ in range(iterations):
-        part, mass, g = logits[live], (masses[0][live], masses[1][live]), out[live]
-        f = _row_potential(part, g, mass)
-        g = _finite(mass[1].log() - torch.logsumexp(part + f.unsqueeze(2), 1))
-        plan, error = _plan(part, g, mass)
-        trial = g + _newton(plan, error, mass)
-        better = _dual(part, trial, mass) > _dual(part, g, mass)
-        settled = (_over(error.abs(), mass[1])).amax(1) < tolerance
-        out[live] = torch.where((better & ~settled).unsqueeze(1), trial, g)
+        part, mass = logits[live], (masses[0][live], masses[1][live])
+        g = _finite(mass[1].log() - torch.logsumexp(part + of_rows[live].unsqueeze(2), 1))
+        plan, lack, f = _plan(part, g, mass)
+        trial = g + _newton(plan, lack, mass)
+        trial_f = _row_potential(part, trial, mass)
+        settled = (_over(lack.abs(), mass[1])).amax(1) < tolerance
+        better = (_dual(trial_f, trial, mass) > _dual(f, g, mass)) & ~settled
+        out[live] = torch.where(better.unsqueeze(1), trial, g)
+        of_rows[live] = torch.where(better.unsqueeze(1), trial_f, f)
         live = live[~settled]
         if not len(live):
             break
@@ -237,16 +224,15 @@ def _row_potential(logits: Tensor, g: Tensor, masses: tuple[Tensor, Tensor]) -> 
     return _finite(masses[0].log() - torch.logsumexp(logits + g.unsqueeze(1), 2))
 
 
-def _plan(logits: Tensor, g: Tensor, masses: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Plan whose row sums are exact ``[B, m, n]``, and what its column sums lack ``[B, n]``."""
+def _plan(logits: Tensor, g: Tensor, masses: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Plan with exact row sums ``[B, m, n]``, what columns lack ``[B, n]``, row potentials."""
     f = _row_potential(logits, g, masses)
     plan = torch.exp(logits + f.unsqueeze(2) + g.unsqueeze(1))
-    return plan, masses[1] - plan.sum(1)
+    return plan, masses[1] - plan.sum(1), f
 
 
-def _dual(logits: Tensor, g: Tensor, masses: tuple[Tensor, Tensor]) -> Tensor:
-    """The concave function of g that the solution maximizes ``[B]``."""
-    f = _row_potential(logits, g, masses)
+def _dual(f: Tensor, g: Tensor, masses: tuple[Tensor, Tensor]) -> Tensor:
+    """The concave function of the potentials that the solution maximizes ``[B]``."""
     return (masses[1] * g).sum(1) + (masses[0] * f).sum(1)
 
 
@@ -261,9 +247,92 @@ def _newton(plan: Tensor, lack: Tensor, masses: tuple[Tensor, Tensor]) -> Tensor
     return step
 
 
-def _check(
-    score: Tensor, rows: Tensor | None, columns: Tensor | None, signed: bool = False
-) -> tuple[Tensor, Tensor]:
+def _assigned(
+    score: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    solve: Callable[[_Array], _Array],
+) -> Tensor:
+    """Column of each row ``[*, m]``, by a solver of problems ``[B, m, n]``, 0 in padding."""
+    *batch, m, n = score.shape
+    row, column = (mask.cpu().numpy() for mask in _masks(score, rows, columns))
+    if not score.numel():
+        return torch.full((*batch, m), -1, device=score.device)
+    pairs = row[..., :, None] & column[..., None, :]
+    filled = np.where(pairs, score.detach().double().cpu().numpy(), 0.0)
+    _check_range(filled)
+    found = solve(filled.reshape(-1, m, n))
+    return torch.from_numpy(found).to(score.device).reshape(*batch, m)
+
+
+def _hungarian(score: _Array) -> _Array:
+    _, m, n = score.shape
+    if m < n:
+        return _inverted(_hungarian(np.ascontiguousarray(score.transpose(0, 2, 1))), m)
+    row, solved = _best_rows(score)
+    if not solved.all():
+        try:
+            from scipy.optimize import linear_sum_assignment
+        except ImportError:
+            raise MissingDependencyError("scipy", "rl") from None
+        hard = score[~solved]
+        found = np.full((len(hard), n), -1)
+        for rows, problem in zip(found, hard, strict=True):
+            i, j = linear_sum_assignment(problem, maximize=True)
+            rows[j] = i
+        earned = np.take_along_axis(hard, np.maximum(found, 0)[:, None], 1)[:, 0]
+        row[~solved] = np.where(earned > 0, found, -1)
+    return _inverted(row, m)
+
+
+def _best_rows(score: _Array) -> tuple[_Array, _Array]:
+    """Give each column in turn the first of its best rows that is free.
+
+    Returns:
+        Row of each column ``[B, n]``, -1 for none, and where no column had to go without ``[B]``:
+        the sum of the columns' best scores bounds that of any matching.
+    """
+    size, m, n = score.shape
+    by_problem, b = np.ascontiguousarray(score.transpose(2, 1, 0)), np.arange(size)
+    free, solved = np.ones((m, size), bool), np.ones(size, bool)
+    out = np.full((size, n), -1)
+    for j, column in enumerate(by_problem):
+        best = column.max(0)
+        open_rows = (column == best) & free
+        i = open_rows.argmax(0)
+        taken = open_rows[i, b] & (best > 0)
+        out[:, j] = np.where(taken, i, -1)
+        free[i, b] &= ~taken
+        solved &= taken | (best == 0)
+    return out, solved
+
+
+def _greedy(score: _Array) -> _Array:
+    size, m, n = score.shape
+    left, b = score.copy(), np.arange(size)
+    out = np.full((size, m), -1)
+    for _ in range(min(m, n)):
+        place = left.reshape(size, m * n).argmax(1)
+        i = place // n
+        j = place - i * n
+        taken = left[b, i, j] > 0
+        if not taken.any():
+            break
+        out[b, i] = np.where(taken, j, out[b, i])
+        left[b, i] = 0
+        left[b, :, j] = 0
+    return out
+
+
+def _inverted(other: _Array, size: int) -> _Array:
+    """Partners of one side ``[B, k]`` as partners of the other ``[B, size]``; -1 for none."""
+    out = np.full((len(other), size), -1)
+    b, k = np.nonzero(other >= 0)
+    out[b, other[b, k]] = k
+    return out
+
+
+def _masks(score: Tensor, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the masks, full where none is given."""
     if score.dim() < 2 or not score.is_floating_point():
         raise InputError(
@@ -282,56 +351,17 @@ def _check(
                 f"{name} must be bool of shape {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         masks.append(mask)
-    if score.numel():
-        low, high = torch.aminmax(score.detach().masked_fill(~_pairs(*masks), 0))
-        if not (bool(low.isfinite() & high.isfinite()) and (signed or bool(low >= 0))):
-            expected = "finite" if signed else "finite and not negative"
-            raise InputError(f"score must be {expected} where it is not masked")
     return masks[0], masks[1]
 
 
-def _pairs(rows: Tensor, columns: Tensor) -> Tensor:
-    return rows.unsqueeze(-1) & columns.unsqueeze(-2)
-
-
-def _flat(score: Tensor, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, torch.Size]:
-    """Scores ``[B, m, n]`` without gradient, 0 where masked, and the shape of their assignment."""
-    masks = _check(score, rows, columns)
-    flat = score.detach().masked_fill(~_pairs(*masks), 0)
-    size = flat.shape[:-2].numel()
-    return flat.reshape(size, *flat.shape[-2:]), score.shape[:-1]
-
-
-def _best_of_rows(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Best column of each row ``[B, m]``, -1 for none, and where no column is taken twice ``[B]``.
-
-    The sum of the rows' best scores bounds that of any matching.
-    """
-    size, m, n = flat.shape
-    if not m or not n:
-        empty = torch.full((size, m), -1, dtype=torch.int64, device=flat.device)
-        return empty, torch.ones(size, dtype=torch.bool, device=flat.device)
-    largest, best = flat.max(-1)
-    wanted = largest > 0
-    times = flat.new_zeros(size, n).scatter_add_(1, best, wanted.to(flat.dtype))
-    return best.masked_fill(~wanted, -1), times.amax(1) <= 1
-
-
-def _invert(rows: Tensor, m: int) -> Tensor:
-    """Columns of rows ``[B, m]`` from rows of columns ``[B, n]``; -1 for none."""
-    size, n = rows.shape
-    column = torch.arange(n, device=rows.device).expand(size, n)
-    # Columns without a row write to a place of their own, which is cut off.
-    place = torch.where(rows >= 0, rows, m)
-    out = torch.full((size, m + 1), -1, dtype=torch.int64, device=rows.device)
-    return out.scatter_(1, place, column)[:, :m]
-
-
-def _without_zeros(flat: Tensor, assignment: Tensor) -> Tensor:
-    if not flat.shape[-1]:
-        return assignment
-    picked = flat.gather(2, assignment.clamp(min=0).unsqueeze(2)).squeeze(2)
-    return assignment.masked_fill(picked <= 0, -1)
+def _check_range(filled: Tensor | _Array, signed: bool = False) -> None:
+    """Refuse scores that are not finite, or negative ones; padding has been filled."""
+    if 0 in filled.shape:
+        return
+    low, high = float(filled.min()), float(filled.max())
+    if not (math.isfinite(low) and math.isfinite(high) and (signed or low >= 0)):
+        expected = "finite" if signed else "finite and not negative"
+        raise InputError(f"score must be {expected} where it is not masked")
 
 
 def _uniform(mask: Tensor) -> Tensor:

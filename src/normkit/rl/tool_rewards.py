@@ -87,17 +87,22 @@ class TurnRewards:
         turns: reward of each turn ``[T]``.
         calls: what each call earned ``[m]``, in order.
         assignment: reference of each call ``[m]``, -1 for none; None for "ot".
-        failures: reasons of the calls that could not be read.
+        trace: the dialogue.
         batch: similarities and matching of all dialogues that were paid together.
-        place: row of this dialogue in the batch, and how many references it has.
+        row: place of this dialogue in the batch.
     """
 
     turns: list[float]
     calls: list[float]
     assignment: list[int] | None
-    failures: list[str]
+    trace: Trace
     batch: tuple[Tensor, Matching]
-    place: tuple[int, int]
+    row: int
+
+    @property
+    def failures(self) -> list[str]:
+        """Reasons of the calls that could not be read."""
+        return [reason for parsed in self.trace.turns for reason in parsed.failures]
 
     @property
     def similarity(self) -> Tensor:
@@ -111,8 +116,7 @@ class TurnRewards:
         return None if plan is None else self._own(plan)
 
     def _own(self, grid: Tensor) -> Tensor:
-        row, n = self.place
-        return grid[row, : len(self.calls), :n]
+        return grid[self.row, : len(self.calls), : len(self.trace.gold)]
 
 
 @dataclass(frozen=True)
@@ -173,19 +177,9 @@ def turn_rewards(traces: Sequence[Trace], options: MatchOptions | None = None) -
     means = _by_turn(traces, sizes, earned.numpy(), options)
     found = matching.assignment
     columns = [None] * len(traces) if found is None else _split(found[rows].tolist(), m)
-    return [
-        TurnRewards(
-            by_turn,
-            by_call,
-            assignment,
-            [reason for parsed in trace.turns for reason in parsed.failures],
-            (similarity, matching),
-            (b, len(trace.gold)),
-        )
-        for b, (trace, by_turn, by_call, assignment) in enumerate(
-            zip(traces, _split(means, lengths), _split(earned.tolist(), m), columns, strict=True)
-        )
-    ]
+    pieces = zip(_split(means, lengths), _split(earned.tolist(), m), columns, traces, strict=True)
+    batch = similarity, matching
+    return [TurnRewards(*piece, batch, row) for row, piece in enumerate(pieces)]
 
 
 def _by_turn(
