@@ -227,8 +227,10 @@ def test_what_is_no_world():
         world((TWO, TWO))
     with pytest.raises(InputError, match="two needs a passage 'gone'"):
         world((Question(**{**TWO.__dict__, "passages": ("gone", "orla")}),))
-    with pytest.raises(InputError, match=r"at least one, with hops in \(3,\)"):
+    with pytest.raises(InputError, match=r"at least one with hops in \(3,\) \(empty for all\)"):
         world(hops=(3,))
+    with pytest.raises(InputError, match=r"questions must be at least one$"):
+        world(())
     for name, value in (("max_turns", 0), ("hits", 0), ("max_passage", 0), ("max_action", -1)):
         with pytest.raises(InputError, match=f"{name} must be at least 1"):
             SearchWorldConfig(**{name: value})

@@ -175,7 +175,8 @@ class SearchWorld:
                     self.questions[question.id] = question
                     names.append(question.id)
         if not self.questions:
-            raise InputError(f"questions must be at least one, with hops in {self.config.hops}")
+            wanted = f" with hops in {self.config.hops} (empty for all)" if self.config.hops else ""
+            raise InputError(f"questions must be at least one{wanted}")
 
     @property
     def max_turns(self) -> int:
