@@ -129,6 +129,16 @@ class SeatedEnvironment(Environment[S], Protocol[S]):
         """
 
 
+def check_paired(sessions: Sequence[object], replies: Sequence[Reply]) -> None:
+    """Check that there is one reply for each session.
+
+    Raises:
+        InputError: where there is not, or a session is given twice.
+    """
+    if len(sessions) != len(replies) or len(set(map(id, sessions))) != len(sessions):
+        raise InputError("replies must be one for each session, and no session given twice")
+
+
 def evaluation_tasks(
     environment: Environment[S], split: Split, seed: int, repeat: int = 0, limit: int | None = None
 ) -> list[tuple[str, int, int]]:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from normkit.errors import InputError
 from normkit.rl.answers import exact_match, token_f1
-from normkit.rl.environment import Reply, Split, Step
+from normkit.rl.environment import Reply, Split, Step, check_paired
 from normkit.rl.environments.search_index import Passage, Searcher
 from normkit.rl.environments.search_land import passages as land_passages
 from normkit.rl.environments.search_questions import Question, make_questions
@@ -208,8 +208,7 @@ class SearchWorld:
         Raises:
             InputError: where sessions and replies do not fit together or a session has ended.
         """
-        if len(sessions) != len(replies) or len(set(map(id, sessions))) != len(sessions):
-            raise InputError("replies must be one for each session, and no session given twice")
+        check_paired(sessions, replies)
         if any(session.ended is not None for session in sessions):
             raise InputError("sessions must not have ended")
         actions = [read_action(reply.text, self.config.max_action) for reply in replies]

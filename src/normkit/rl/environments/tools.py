@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from normkit.errors import InputError
 from normkit.rl.dialogue import Dialogue
-from normkit.rl.environment import Reply, Split, Step
+from normkit.rl.environment import Reply, Split, Step, check_paired
 from normkit.rl.environments.tool_tasks import Task, make_tasks
 from normkit.rl.environments.toolbox import Result, Toolbox
 from normkit.rl.tool_calls import Parsed, ToolCall, read_qwen
@@ -153,8 +153,7 @@ class ToolWorld:
         Raises:
             InputError: where sessions and replies do not fit together or a session has ended.
         """
-        if len(sessions) != len(replies) or len(set(map(id, sessions))) != len(sessions):
-            raise InputError("replies must be one for each session, and no session given twice")
+        check_paired(sessions, replies)
         if any(session.ended is not None for session in sessions):
             raise InputError("sessions must not have ended")
         messages = [self._answer(s, r.text) for s, r in zip(sessions, replies, strict=True)]
