@@ -68,10 +68,12 @@ def world(monkeypatch):
         (["m", "--emobench", "absent"], "must be a folder with EA.jsonl or EU.jsonl"),
         (["m", "--eqbench", "absent.json"], "absent.json cannot be read"),
         (["m", "--eqbench", str(DATA / "EA.jsonl")], "line 1: reference_answer_fullscale must be"),
-        (["m", "--world", "mars"], "world must be one of empathy, tools, search"),
+        (["m", "--world", "mars"], "world must be one of empathy, tools, search, games"),
         (["m", "--world", "search", "--max-turns", "0"], "max_turns must be at least 1"),
         (["m", "--world", "search", "--corpus", "absent"], "needs a file of questions"),
         (["m", "--world", "search", "--questions", "absent"], "absent cannot be read"),
+        (["m", "--world", "games", "--max-turns", "3"], "max_turns must be left out"),
+        (["m", "--world", "games", "--opponents", "deep-blue"], "opponent must be random"),
         (["m", "--repeats", "0", *EMOBENCH], "repeats must be at least 1"),
         (["m", "--likelihood", *EQBENCH], "likelihood is a way to score EmoBench"),
         (["m", "--likelihood", "--url", "http://127.0.0.1:1", *EMOBENCH], "needs models on this"),
@@ -243,6 +245,27 @@ def test_other_worlds_are_played(name, label, count, folders, capsys):
     assert printed["differences"][folders[1]][f"{name} {label}, greedy"]["mean"] == 0
     built = evaluate.WORLDS[name].build(evaluate.EvaluateOptions(()), 2)
     assert len(built.tasks("heldout")) == count
+
+
+def test_games_are_played_against_every_opponent(folders, tmp_path, capsys):
+    pytest.importorskip("pyspiel")
+    out = tmp_path / "played.json"
+    short = ["--opponents", "random", "mcts-5", "--repeats", "1", "--max-new-tokens", "4"]
+    evaluate.main([folders[0], "--world", "games", *short, "--out", str(out), "--json"])
+    (found,) = json.loads(capsys.readouterr().out)["models"].values()
+    assert found["measures"]["games illegal, greedy"] == {"mean": 1, "low": 1, "high": 1, "n": 8}
+    # Connect Four twice and Leduc poker in both seats lose 1 chip at once, Hanabi nothing.
+    assert -1 <= found["measures"]["games return, greedy"]["mean"] <= -6 / 8
+    (said,) = json.loads(out.read_text(encoding="utf-8"))["models"].values()
+    names = [record["task"] for record in said["records"]["games"][:8]]
+    assert names == [
+        *(f"connect_four against {o}, seat {s}" for o in ("random", "mcts-5") for s in (0, 1)),
+        *(
+            f"{g} against random, seat {s}"
+            for g in ("leduc_poker", "simple_hanabi")
+            for s in (0, 1)
+        ),
+    ]
 
 
 def test_a_served_model_searches(capsys, tmp_path):

@@ -48,11 +48,13 @@ class EvaluateOptions:
         url: address of an OpenAI-compatible server that has the models (key: OPENAI_API_KEY).
         emobench: folder with EA.jsonl and EU.jsonl of EmoBench.
         eqbench: question file of EQ-Bench v2.
-        world: world whose tasks are played: "empathy", "tools" or "search".
+        world: world whose tasks are played: "empathy", "tools", "search" or "games".
         scenarios: a scenario file of your own for "empathy", split as in ``normkit run``.
         corpus: what "search" searches: "land" (invented, shipped), "wordnet", or a file of
             passages.
         questions: a file of questions of your own for "search", the last third held out.
+        opponents: who is played against in "games", in each game that they can play and each seat:
+            "random", "mcts" (100 simulations), "mcts-N", "cfr", "minimax".
         split: tasks to play.
         judge: what scores the replies: "embedding", "llm" (local chat model) or "openai" (server).
         judge_model: the judge's model.
@@ -61,7 +63,8 @@ class EvaluateOptions:
         likelihood: take the choice of EmoBench that the model finds likeliest, not one it writes.
         repeats: times that each question of EmoBench is asked, and each task is sampled.
         limit: play and ask only the first so many tasks and questions, for a trial.
-        max_turns: a dialogue ends here; the world's own limit in training if not given.
+        max_turns: a dialogue ends here; the world's own limit in training if not given. Games end
+            by their rules.
         min_turns: neither success nor failure is declared earlier ("empathy").
         max_new_tokens: length limit of a reply in a dialogue; as in training if not given.
         temperature: of the sampled dialogues; everything else is greedy.
@@ -81,6 +84,7 @@ class EvaluateOptions:
     scenarios: Path | None = None
     corpus: str = "land"
     questions: Path | None = None
+    opponents: tuple[str, ...] = ("random", "mcts", "cfr")
     split: Split = "heldout"
     judge: Literal["embedding", "llm", "openai"] = "embedding"
     judge_model: str = ""
@@ -216,6 +220,17 @@ def _search(options: EvaluateOptions, max_turns: int) -> Environment[Any]:
     return open_world(SearchWorldConfig(max_turns=max_turns), options.corpus, options.questions)
 
 
+def _games(options: EvaluateOptions, _: int) -> Environment[Any]:
+    from normkit.rl.environments.arena import Arena, pairings
+    from normkit.rl.environments.games import HELDOUT, TRAIN
+
+    if options.max_turns is not None:
+        raise InputError("max_turns must be left out: games end by their rules")
+    # A dialogue is one seat's: in games that are won together the partner plays at random.
+    train, heldout = (list(pairings(g, options.opponents, False)) for g in (TRAIN, HELDOUT))
+    return Arena(train, heldout)
+
+
 @dataclass(frozen=True)
 class World:
     """A world to play in.
@@ -241,6 +256,7 @@ WORLDS: Mapping[str, World] = {
     "search": World(
         _search, {"exact match": "score", "F1": "f1", "passages found": "found"}, 5, 40
     ),
+    "games": World(_games, {"return": "score", "won": "won", "illegal": "illegal"}, 42, 16),
 }
 
 

@@ -189,13 +189,11 @@ def _minimax() -> Minimax:
 
 
 def check_player(name: str, game: str) -> None:
-    """Check that there is a player of that name, and that it suits the game.
+    """Check that a player suits a game.
 
     Raises:
-        InputError: where not.
+        InputError: where it does not, or there is no player of that name.
     """
-    if re.fullmatch(r"random|cfr|minimax|mcts(-[1-9]\d{0,6})?", name) is None:
-        raise InputError(f"opponent must be random, mcts, mcts-N, cfr or minimax, got {name!r}")
     if not can_play(name, game):
         raise InputError(f"opponent: {name} cannot play {game}")
 
@@ -205,7 +203,12 @@ def can_play(name: str, game: str) -> bool:
 
     Tree search and minimax need open cards and opposed players (minimax two, and no chance), CFR
     opposed players and information states of hidden cards.
+
+    Raises:
+        InputError: where there is no player of that name.
     """
+    if re.fullmatch(r"random|cfr|minimax|mcts(-[1-9]\d{0,6})?", name) is None:
+        raise InputError(f"opponent must be random, mcts, mcts-N, cfr or minimax, got {name!r}")
     loaded = load_game(game)
     kind = loaded.get_type()
     if name == "random":
