@@ -78,6 +78,7 @@ def compare(
     order = list(calls)
     collecting = gc.isenabled()
     gc.disable()
+    gc.freeze()  # so that what is collected between repeats is theirs alone
     try:
         for _ in range(repeats):
             for name in order:
@@ -85,6 +86,7 @@ def compare(
             order.reverse()
             gc.collect()
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     base = seconds[next(iter(calls))]

@@ -18,7 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normkit.errors import InputError
-from normkit.functional._capture import compiled_for_cpu, eager_on_cpu
+from normkit.functional._capture import compiled_for_cpu, eager_on_cpu, graph_operator
+
+BLOCK = 4096
+"""Rows that are added up one after the other in float32, before the sums of blocks are added."""
 
 
 def check_channels(x: Tensor, channels: int, dim: int) -> None:
@@ -100,7 +103,7 @@ def channel_products(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         Both in float32 for half ``b``, else in the dtype of ``b``.
     """
     if a.dtype == b.dtype and compiled_for_cpu(b):
-        return _products_by_kernel(a, b, dim)
+        return _products_in_graph(a, b, dim)  # type: ignore[no-any-return]
     if a.dtype == b.dtype and eager_on_cpu(b):
         return _products(a, b, dim)
     dtype, others = _statistics(b), _others(b, dim)
@@ -142,14 +145,21 @@ def _others(x: Tensor, dim: int) -> tuple[int, ...]:
 
 
 def _products(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    zero = b.new_zeros(b.shape[dim], dtype=_statistics(b))
-    one = torch.ones_like(zero)
     if not b.numel():
+        zero = b.new_zeros(b.shape[dim], dtype=_statistics(b))
         return zero, zero.clone()
     rows = _channels_are_last(b, dim)
+    blocks = zip(*(torch.split(_flat(t, dim, rows), BLOCK) for t in (a, b)), strict=True)
+    product, total = zip(*(_block_products(*pair) for pair in blocks), strict=True)
+    return torch.stack(product).sum(0), torch.stack(total).sum(0)
+
+
+def _block_products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    zero = b.new_zeros(b.shape[1], dtype=_statistics(b))
+    one = torch.ones_like(zero)
     _, product, total = torch.ops.aten.native_batch_norm_backward(
-        _flat(a, dim, rows),
-        _flat(b, dim, rows),
+        a,
+        b,
         one,
         zero,
         one,
@@ -162,15 +172,14 @@ def _products(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return product, total
 
 
-_products_by_kernel = torch.library.custom_op(
-    "normkit::channel_products", _products, mutates_args=()
+def _empty_products(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    product = b.new_empty(b.shape[dim], dtype=_statistics(b))
+    return product, torch.empty_like(product)
+
+
+_products_in_graph = graph_operator(
+    "channel_products(Tensor a, Tensor b, int dim) -> (Tensor, Tensor)", _products, _empty_products
 )
-
-
-@_products_by_kernel.register_fake
-def _(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    zero = b.new_empty(b.shape[dim], dtype=_statistics(b))
-    return zero, torch.empty_like(zero)
 
 
 def _channels_are_last(x: Tensor, dim: int) -> bool:

@@ -18,10 +18,10 @@ held at zero. With ``g = grad * weight`` and ``xhat = (x - mean) rstd`` that ker
 adds back.
 
 Gradients of weight and bias are sums over rows. For float32 on the CPU the compiler (torch 2.13)
-walks down the columns for them, which takes longer than all the rest, so that compiled graphs call
-the kernel for these sums. For half input the kernel adds up in half precision: over 4096 rows of
-bfloat16 five to seven percent is lost (relative root mean square). Here they are added up in
-float32, for LayerNorm too.
+walks down the columns for them, which takes longer than all the rest, and twice over each row for
+LayerNorm's moments: compiled graphs call the kernel for both. For half input that kernel adds up in
+half precision: over 4096 rows of bfloat16 five to seven percent is lost (relative root mean
+square). Here they are added up in float32, for LayerNorm too.
 
 Shapes: ``*`` leading dimensions; D the product of ``normalized_shape``, or the last dimension.
 Differences from the authors' code: a bias where wanted, no partial RMSNorm.
@@ -38,7 +38,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from normkit.errors import InputError
-from normkit.functional._capture import compiled_for_cpu, eager_on_cpu
+from normkit.functional._capture import compiled_for_cpu, eager_on_cpu, graph_operator
 from normkit.functional.channels import along, channel_products, scale_channels
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -75,14 +75,13 @@ def layer_norm(
     shape = tuple(normalized_shape)
     check_normalized(x, shape)
     affine = weight is not None or bias is not None
-    if _watched(x, weight, bias):
+    ours = eager_on_cpu(x) if x.dtype in _HALF else compiled_for_cpu(x)
+    if not affine or not ours or _watched(x, weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps)
-    if affine and (_compiled_with_sums(x) or (x.dtype in _HALF and eager_on_cpu(x))):
-        out, *_ = _LayerNorm.apply(x, weight, bias, len(shape), eps)  # type: ignore[no-untyped-call]
-        return out  # type: ignore[no-any-return]
-    if compiled_for_cpu(x) and x.dtype not in _HALF:
-        return _layer_formula(x, len(shape), weight, bias, eps)[0]
-    return F.layer_norm(x, shape, weight, bias, eps)
+    if not torch.is_grad_enabled():
+        return _layer_norm(x, weight, bias, len(shape), eps)[0]
+    out, *_ = _LayerNorm.apply(x, weight, bias, len(shape), eps)  # type: ignore[no-untyped-call]
+    return out  # type: ignore[no-any-return]
 
 
 def rms_norm(
@@ -223,15 +222,6 @@ def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: tor
     return (out if bias is None else out + bias).to(dtype)
 
 
-def _layer_formula(
-    x: Tensor, k: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.mean(_trailing(k), keepdim=True)
-    centered = x - mean
-    rstd = (centered.square().mean(_trailing(k), keepdim=True) + eps).rsqrt()
-    return _affine(centered * rstd, weight, bias, x.dtype), mean, rstd
-
-
 def _rms_formula(
     x: Tensor, k: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -246,6 +236,38 @@ def _crms_formula(z: Tensor, eps: float) -> Tensor:
     return (wide * (power / (z.shape[-1] + 1) + eps).rsqrt()).to(z.dtype)
 
 
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mean and root of each row."""
+    if torch.compiler.is_compiling():
+        return _layer_norm_in_graph(x, weight, bias, k, eps)  # type: ignore[no-any-return]
+    return _layer_norm_kernel(x, weight, bias, k, eps)
+
+
+def _layer_norm_kernel(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Parameters in the dtype of the moments make the kernel keep these in float32 for half input.
+    gain, shift = (None if p is None else p.to(_accumulator(x)) for p in (weight, bias))
+    return torch.native_layer_norm(x, x.shape[x.dim() - k :], gain, shift, eps)
+
+
+def _empty_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty((*x.shape[: x.dim() - k], *(1,) * k), dtype=_accumulator(x))
+    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+
+
+_layer_norm_in_graph = graph_operator(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, int k, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    _layer_norm_kernel,
+    _empty_layer_norm,
+)
+
+
 class _LayerNorm(torch.autograd.Function):
     """LayerNorm whose parameters' gradients are summed fast and in float32."""
 
@@ -253,11 +275,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            return _layer_formula(x, k, weight, bias, eps)
-        # Parameters in float32 make the kernel keep its moments in float32.
-        gain, shift = (None if p is None else p.float() for p in (weight, bias))
-        return torch.native_layer_norm(x, x.shape[x.dim() - k :], gain, shift, eps)
+        return _layer_norm(x, weight, bias, k, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -271,8 +289,7 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         if torch.compiler.is_compiling():
-            dx = _derivative((x - mean) * rstd, rstd, weight, grad, ctx.k, centered=True)
-            found: Any = (dx, *_sums_by_kernel(grad, x, mean, rstd, ctx.k))
+            found: Any = _kernel_in_graph(grad, x, weight, mean, rstd, ctx.k, True)
         elif torch.is_grad_enabled():
             found = _differentiable(x, weight, grad, ctx.k, ctx.eps, centered=True)
         else:
@@ -292,7 +309,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(_accumulator(x))  # first: operations on two dtypes are slow
         length = torch.linalg.vector_norm(wide, dim=_trailing(k), keepdim=True)
         rstd = length.square_().div_(x.shape[-k:].numel()).add_(eps).rsqrt_()
-        out = wide * rstd
+        out = wide * rstd if wide is x else wide.mul_(rstd)
         if weight is not None:
             out.mul_(weight)
         if bias is not None:
@@ -311,8 +328,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         wanted, zero = list(ctx.needs_input_grad[:3]), torch.zeros_like(rstd)
         if torch.compiler.is_compiling():
+            _, *sums = _kernel_in_graph(grad, x, weight, zero, rstd, ctx.k, False)
             dx = _derivative(x * rstd, rstd, weight, grad, ctx.k, centered=False)
-            found: Any = (dx, *_sums_by_kernel(grad, x, zero, rstd, ctx.k))
+            found: Any = (dx, *sums)
         elif torch.is_grad_enabled():
             found = _differentiable(x, weight, grad, ctx.k, ctx.eps, centered=False)
         else:
@@ -350,26 +368,44 @@ def _kernel(
     )
     if half and (wanted[1] or wanted[2]):
         xhat = x.to(rstd.dtype).sub_(mean).mul_(rstd)
-        flat = (t.reshape(-1, shape.numel()) for t in (grad.to(rstd.dtype), xhat))
-        dw, db = (sums.reshape(shape) for sums in channel_products(*flat, -1))
+        wide_grad, xhat = (t.reshape(-1, shape.numel()) for t in (grad.to(rstd.dtype), xhat))
+        dw, db = (sums.reshape(shape) for sums in channel_products(wide_grad, xhat, -1))
     return dx, dw, db
 
 
-@torch.library.custom_op("normkit::norm_sums", mutates_args=())
-def _sums_by_kernel(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """Sums over rows of ``grad (x - mean) rstd`` and of ``grad``."""
-    _, dw, db = _kernel(x, None, grad, mean, rstd, k, [False, True, True])
-    assert dw is not None
-    assert db is not None
-    return dw, db
+def _derivatives(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    k: int,
+    by_input: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """All three, or those by weight and bias with nothing for that by ``x``."""
+    dx, dw, db = _kernel(x, weight, grad, mean, rstd, k, [by_input, True, True])
+    return dx if by_input else x.new_empty(0), dw, db
 
 
-@_sums_by_kernel.register_fake
-def _(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _empty_derivatives(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    k: int,
+    by_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = x.shape[x.dim() - k :]
-    return rstd.new_empty(shape), rstd.new_empty(shape)
+    return x.new_empty(x.shape if by_input else 0), rstd.new_empty(shape), rstd.new_empty(shape)
+
+
+_kernel_in_graph = graph_operator(
+    "layer_norm_derivatives(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
+    "int k, bool by_input) -> (Tensor, Tensor, Tensor)",
+    _derivatives,
+    _empty_derivatives,
+)
 
 
 def _typed(
@@ -408,12 +444,15 @@ def _differentiable(
 
 
 class _CRMSNorm(torch.autograd.Function):
-    """CRMSNorm that saves ``z``, its sum and one root a row; its rows are the channels of sums."""
+    """CRMSNorm that saves ``z``, its sum and one root a row."""
 
     @staticmethod
     def forward(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        rows = z.reshape(-1, z.shape[-1])
-        power, total = channel_products(rows, rows, 0)
+        rows = z.reshape(-1, z.shape[-1])  # what sums and scales channels does so for rows
+        if z.dtype in _HALF:
+            power, total = channel_products(rows, rows, 0)
+        else:
+            power, total = torch.linalg.vector_norm(rows, dim=-1).square_(), rows.sum(-1)
         rstd = power.addcmul_(total, total).div_(z.shape[-1] + 1).add_(eps).rsqrt_()
         return scale_channels(rows, rstd, None, 0).reshape(z.shape), total, rstd
 
@@ -441,4 +480,5 @@ def _crms_differentiable(rows: Tensor, grads: Tensor, eps: float) -> Tensor:
     d, total = rows.shape[-1] + 1, wide.sum(-1, keepdim=True)
     rstd = ((wide.square().sum(-1, keepdim=True) + total.square()) / d + eps).rsqrt()
     pull = torch.linalg.vecdot(grads, wide).unsqueeze(-1) * rstd.pow(3) / d
-    return grads * rstd - (wide + total) * pull
+    dz: Tensor = grads * rstd - (wide + total) * pull
+    return dz
