@@ -216,9 +216,9 @@ def _json(text: str) -> Any:
             if isinstance(one, (dict, list))
             for item in (one.values() if isinstance(one, dict) else one)
         ]
-    if level:
-        raise InputError(f"the call is nested more than {MAX_DEPTH} deep")
-    return value
+        if not level:
+            return value
+    raise InputError(f"the call is nested more than {MAX_DEPTH} deep")
 
 
 def _accepted(values: Any, where: str) -> AnyOf:
