@@ -215,9 +215,11 @@ def _tools(_: EvaluateOptions, max_turns: int) -> Environment[Any]:
 
 def _search(options: EvaluateOptions, max_turns: int) -> Environment[Any]:
     from normkit.data.searchable import open_world
+    from normkit.recipes._st_ppo_language import HITS
     from normkit.rl.environments.search import SearchWorldConfig
 
-    return open_world(SearchWorldConfig(max_turns=max_turns), options.corpus, options.questions)
+    config = SearchWorldConfig(max_turns=max_turns, hits=HITS)
+    return open_world(config, options.corpus, options.questions)
 
 
 def _games(options: EvaluateOptions, _: int) -> Environment[Any]:
@@ -254,7 +256,7 @@ WORLDS: Mapping[str, World] = {
     ),
     "tools": World(_tools, {"solve-F1": "score", "answer F1": "answer", "calls": "calls"}, 6, 64),
     "search": World(
-        _search, {"exact match": "score", "F1": "f1", "passages found": "found"}, 5, 40
+        _search, {"exact match": "score", "F1": "f1", "passages found": "found"}, 4, 40
     ),
     "games": World(_games, {"return": "score", "won": "won", "illegal": "illegal"}, 42, 16),
 }

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from normkit.recipes.st_ppo import Config
 
 METRICS = ("score", "f1", "found", "answered", "searches", "repeated", "malformed")
-_HITS = 2
+HITS = 2
 """Passages that a search shows: prompts are what takes the time."""
 _LESSON = 1e-4
 """Learning rate of the warm start."""
@@ -96,7 +96,7 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     world = open_world(
         SearchWorldConfig(
             max_turns=config.max_turns,
-            hits=_HITS,
+            hits=HITS,
             hops=config.hops,
             reward=config.reward,
             bonus=config.bonus,
