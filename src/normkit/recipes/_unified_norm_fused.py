@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,31 +17,49 @@ from normkit.nn.residual import Norm, Transformer
 from normkit.surgery import fold
 from normkit.surgery.timing import in_turns
 
-DIM, HEADS, LAYERS = 192, 3, 4  # a third of DeiT-Tiny's depth
-SHAPE = (8, 197, DIM)
+TOKENS = 197  # of an image of 224 pixels in patches of 16, and a class token
 
 
-def stack(norm: Norm) -> Transformer:
+@dataclass(frozen=True)
+class Size:
+    """Size of a transformer: width, heads, blocks."""
+
+    dim: int
+    heads: int
+    layers: int
+
+
+TINY, SMALL = Size(192, 3, 12), Size(384, 6, 12)
+"""Those of DeiT-Tiny and DeiT-Small."""
+
+
+def images(size: Size, batch: int = 8) -> Tensor:
+    """Tokens of a batch of images ``[B, 197, D]``."""
+    return torch.randn(batch, TOKENS, size.dim)
+
+
+def stack(norm: Norm, size: Size) -> Transformer:
     """Pre-norm blocks whose every norm is read by one linear layer, in evaluation mode."""
     torch.manual_seed(0)
-    model = Transformer(DIM, HEADS, LAYERS, "pre", norm, final_norm=False)
-    for _ in range(3):  # statistics of their own
-        model(torch.randn(2, *SHAPE[1:]))
+    model = Transformer(size.dim, size.heads, size.layers, "pre", norm, final_norm=False)
+    with torch.no_grad():
+        for _ in range(3):  # statistics of their own
+            model(images(size, 2))
     return model.eval()
 
 
-def fuse(model: Transformer) -> Transformer:
+def fuse(model: Transformer, size: Size) -> Transformer:
     """Put every UnifiedNorm into the linear layer that reads it, in place."""
-    fold(model, inputs=[torch.randn(2, *SHAPE[1:])])
+    fold(model, inputs=[images(size, 2)])
     return model
 
 
-def models() -> dict[str, Transformer]:
+def models(size: Size) -> dict[str, Transformer]:
     """With LayerNorm, with UnifiedNorm, and with UnifiedNorm fused."""
     return {
-        "layer": stack(LayerNorm),
-        "unified": stack(UnifiedNorm),
-        "fused": fuse(stack(UnifiedNorm)),
+        "layer": stack(LayerNorm, size),
+        "unified": stack(UnifiedNorm, size),
+        "fused": fuse(stack(UnifiedNorm, size), size),
     }
 
 
@@ -54,10 +73,10 @@ def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def seconds(repeats: int) -> dict[str, list[float]]:
+def seconds(size: Size, repeats: int) -> dict[str, list[float]]:
     """Seconds of each repeat of a forward pass, the models in turns."""
-    x = torch.randn(SHAPE)
-    return in_turns({name: inference(model, x) for name, model in models().items()}, repeats)
+    x = images(size)
+    return in_turns({name: inference(model, x) for name, model in models(size).items()}, repeats)
 
 
 class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
