@@ -1,0 +1,192 @@
+"""A chat model that learns small games from itself: ``normkit run mars --world language``.
+
+Fields of ``recipes.mars.Config`` that this file reads, with their defaults:
+
+    model: str = "smollm2"            any chat model of transformers
+    estimator: str = "mars"           how turns are credited (a key of ESTIMATORS)
+    steps: int = 12                   rollout-and-update rounds
+    warm_up: int = 24                 updates of imitating random legal moves before; 0 for none
+    games: tuple[str, ...] = ("tic_tac_toe", "kuhn_poker", "mini_hanabi")     trained by self-play
+    heldout: tuple[str, ...] = ("connect_four", "leduc_poker", "simple_hanabi")  only played
+    group_size: int = 6               games of each kind per step (a dialogue for each seat)
+    max_new_tokens: int = 16          length limit of a reply
+    learning_rate: float = 2e-5       of AdamW
+    lora_rank: int = 0                rank of LoRA adapters; 0 trains all weights (as warm_up needs)
+    opponents: tuple[str, ...] = ("random", "mcts", "cfr")   of the evaluation, where they can play
+    evaluation_games: int = 12        games per pairing and seat, before and after
+    seed: int = 0                     of everything
+
+A small model does not find the form of a reply by itself; the warm-up shows it replies that are
+legal and otherwise random, so that what is compared before and after knows the form and no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from normkit.errors import InputError
+from normkit.files import standing_folder
+from normkit.recipes._language import Study, conduct, open_run, progress
+from normkit.report.plots import figure
+from normkit.rl.chat_format import ChatFormat
+from normkit.rl.dialogue import Dialogue
+from normkit.rl.environments.arena import Arena, pairings
+from normkit.rl.environments.game_policy import LanguagePolicy
+from normkit.rl.environments.games import GameSession, GameWorld
+from normkit.rl.imitation import imitate, write_dialogues
+from normkit.rl.rollout import RolloutConfig
+from normkit.rl.self_play import exploitability
+from normkit.rl.trainer import Trainer
+from normkit.rl.trainer_config import TrainerConfig
+from normkit.runs import read_json
+from normkit.statistics import Interval, bootstrap_interval
+
+if TYPE_CHECKING:
+    from normkit.recipes.mars import Config
+
+_LESSONS = 32
+"""Random games of each kind that the warm-up shows."""
+
+EXACT = "kuhn_poker"
+"""The game whose exploitability is computed: 12 states to ask the model in."""
+
+
+def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
+    """Train a chat model by self-play; play it against fixed opponents before and after."""
+    from normkit.rl.models import load_policy
+
+    if config.warm_up and config.lora_rank:
+        raise InputError("warm_up trains all weights; with lora_rank it must be 0")
+    console = Console()
+    logger = open_run(config, folder)
+    world = GameWorld(config.games, config.heldout)
+    arena = Arena(
+        pairings(config.games, config.opponents), pairings(config.heldout, config.opponents)
+    )
+    with console.status(f"loading {config.model}"):
+        model, tokenizer = load_policy(config.model)
+    if config.warm_up and not (standing_folder(folder / "checkpoint") / "state.json").exists():
+        with console.status("imitating random legal moves"):
+            losses = _warm_up(model, ChatFormat(tokenizer), config)
+        console.print(
+            f"{config.warm_up} updates on random legal moves: {losses[0]:.2f} to {losses[-1]:.2f} "
+            "nats a token",
+            highlight=False,
+        )
+    trainer = Trainer(
+        model,
+        tokenizer,
+        world,
+        TrainerConfig(
+            steps=config.steps,
+            # One group a game: turns are compared within a game and seat.
+            groups=len(config.games),
+            group_size=config.group_size,
+            estimator=config.estimator,
+            learning_rate=config.learning_rate,
+            lora_rank=config.lora_rank,
+            seed=config.seed,
+        ),
+        RolloutConfig(max_new_tokens=config.max_new_tokens),
+        logger=logger,
+        report=progress(console, "return"),
+    )
+    labels = [task for split in ("train", "heldout") for task in arena.tasks(split)]
+    study = Study(
+        title=f"normkit run mars: {config.estimator}, self-play in {len(config.games)} games",
+        about=f"{config.estimator} on {config.model}, {config.warm_up} rounds of warm-up",
+        score="return",
+        metrics=("score", "illegal", *labels, f"exploitability in {EXACT}", "legal share there"),
+        play=partial(_play, arena=arena, count=config.evaluation_games),
+        tasks="games against fixed opponents",
+        plot=partial(_plot, labels=labels),
+        notes=["returns in the game's own points; an illegal move loses the stake"],
+    )
+    return conduct(trainer, logger, study, console)
+
+
+class _Lessons(GameWorld):
+    """Games against a random player, each start another deal."""
+
+    dealt = 0
+
+    def start(self, task: str, seed: int) -> GameSession:
+        self.dealt += 1
+        return super().start(task, self.dealt)
+
+
+def _warm_up(model: Any, form: ChatFormat, config: Config) -> list[float]:
+    """Show the model legal replies that are random otherwise; return the losses of the updates."""
+    numbers = np.random.default_rng([config.seed, 1])
+
+    def random_move(session: GameSession) -> str:
+        moves = list(session.match.text.legal())
+        return f"<answer>{moves[numbers.integers(len(moves))]}</answer>"
+
+    world = _Lessons(config.games, [], opponent="random")
+    lessons = write_dialogues(world, list(config.games) * _LESSONS, random_move, form)
+    return imitate(model, lessons, config.warm_up, batch=8, seed=config.seed)
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def _play(trainer: Trainer, arena: Arena, count: int) -> list[Dialogue]:
+    """Play every pairing with the training's own sampling; each has a column of its own.
+
+    Of a game that the model plays with itself one seat is kept: all get the same.
+    """
+    trainer.rollout.sync(trainer.model)
+    labels = [task for split in ("train", "heldout") for task in arena.tasks(split)]
+    tasks = [(label, i, seed) for i, label in enumerate(labels) for seed in range(count)]
+    played = trainer.rollout.run(arena, tasks)
+    kept = [d for d in played if d.agent == 0 or " with itself" not in d.task]
+    policy = LanguagePolicy(trainer.model, trainer.tokenizer, trainer.rollout.config.temperature)
+    exact = exploitability(policy, EXACT)
+    legal = sum(policy.legal.values()) / len(policy.legal)
+    for number, dialogue in enumerate(kept):
+        columns = dict.fromkeys(labels, math.nan)
+        columns[dialogue.task] = dialogue.scores["score"]
+        once = number == 0
+        columns[f"exploitability in {EXACT}"] = exact if once else math.nan
+        columns["legal share there"] = legal if once else math.nan
+        dialogue.scores.update(columns)
+    return kept
+
+
+def _plot(folder: Path, labels: Sequence[str]) -> None:
+    """Mean return of every pairing before and after, with 95% intervals."""
+    sides = [read_json(folder, f"{name}.json")["dialogues"] for name in ("before", "after")]
+    with figure(folder / "plots" / "3_opponents.png", width=8.0) as (ax,):
+        ax.figure.set_figheight(1.0 + 0.3 * len(labels))
+        for shift, color, name, side in zip(
+            (-0.17, 0.17), ("grey", "tab:blue"), ("before", "after"), sides, strict=True
+        ):
+            for place, mean in _means(side, labels):
+                ax.errorbar(
+                    mean.mean,
+                    place + shift,
+                    xerr=[[mean.mean - mean.low], [mean.high - mean.mean]],
+                    color=color,
+                    marker="o",
+                    markersize=4,
+                    label=name if place == 0 else None,
+                )
+        ax.axvline(0, color="black", lw=0.6)
+        ax.set_yticks(range(len(labels)), labels, fontsize=8)
+        ax.invert_yaxis()
+        ax.set(title="games against fixed opponents", xlabel="mean return")
+        ax.legend(fontsize=8)
+
+
+def _means(side: Sequence[Any], labels: Sequence[str]) -> Iterator[tuple[int, Interval]]:
+    for place, label in enumerate(labels):
+        values = [d["scores"]["score"] for d in side if d["task"] == label]
+        yield place, bootstrap_interval(values)
