@@ -48,7 +48,7 @@ _CRITIC_UNITS = 16
 _CRITIC_RATE = 0.01
 _NOISE = 0.2
 """Tokens of the first teacher that are any token; it is right in a fifth of the dialogues."""
-EVERY = 16
+EVERY = 32
 """Updates between evaluations."""
 
 Weights = list[Tensor]
@@ -154,7 +154,7 @@ class Curves:
     """What a training did, by run.
 
     Attributes:
-        match: exact match on held-out questions, by evaluation ``[1 + U / 16, R]``.
+        match: exact match on held-out questions, by evaluation ``[1 + U / 32, R]``.
         clipped: share of the tokens that are clipped, by update ``[U, R]``, and so what follows.
         gradient: norm of the gradient, before correction.
         bias: norm of the clipping bias C.

@@ -69,22 +69,22 @@ class History:
         clipped: share of the tokens that are clipped.
         gradient: norm of the gradient, before correction.
         bias: norm of the clipping bias C.
+        cosine: of the gradient with the exact gradient of the expected reward.
         true: norm of the off-policy policy gradient with the true advantage.
         luck: norm of the error by the luck of the dialogues.
         critic: norm of the error by the critic.
         value_error: root mean square over the tokens of the critic's distance to true values.
-        cosine: of the gradient with the exact gradient of the expected reward.
     """
 
     value: Tensor
     clipped: Tensor
     gradient: Tensor
     bias: Tensor
+    cosine: Tensor
     true: Tensor
     luck: Tensor
     critic: Tensor
     value_error: Tensor
-    cosine: Tensor
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def train(
         rates: learning rate of Adam for each run ``[R]``.
         schedule: how much is sampled and updated.
         seed: of all runs together; run r has the same luck under every method.
-        lemma: also measure the lemma's terms and the agreement with the exact gradient; else NaN.
+        lemma: also measure the last four of the history, where the method has a critic; else NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.zeros(len(rates), CELLS, VOCABULARY, dtype=torch.float64)
@@ -197,13 +197,15 @@ def train(
         found = coefficients(logprob, advantage, batch.tokens, arm.ratio)
         kept, lost = (ascent(x, batch, policy) for x in (found.kept, found.lost))
         size, bias = kept.norm(dim=1), lost.norm(dim=1)
+        terms = _lemma(arm, batch, policy, now, sample, critic) if lemma and arm.critic else []
         rows.append(
             (
                 now.start,
                 _mean(found.clipped.double(), batch, len(rates)),
                 size,
                 bias,
-                *_lemma(arm, batch, logprob, policy, now, sample, critic, kept, lemma),
+                torch.cosine_similarity(kept, now.gradient.flatten(1), dim=1),
+                *(terms or [torch.full_like(size, torch.nan)] * 4),
             )
         )
         given = kept * correction_factor(size, bias, arm.correction)[:, None]
@@ -214,29 +216,20 @@ def train(
 
 
 def _lemma(
-    arm: Arm,
-    batch: Batch,
-    logprob: Tensor,
-    policy: Tensor,
-    now: Truth,
-    sample: _Sample,
-    critic: Tensor,
-    kept: Tensor,
-    wanted: bool,
-) -> tuple[Tensor, ...]:
-    """Norms of the lemma's terms, the critic's error and the cosine, ``[R]`` each."""
-    if not wanted:
-        return (torch.full((len(policy),), torch.nan, dtype=torch.float64),) * 5
+    arm: Arm, batch: Batch, policy: Tensor, now: Truth, sample: _Sample, critic: Tensor
+) -> list[Tensor]:
+    """Norms of the lemma's terms but the clipping bias, and the critic's error, ``[R]`` each."""
+    logprob = policy.flatten()[batch.place].log()
     state = now.value.flatten()[batch.step]
-    expected = sample.truth.q.flatten()[batch.choice]
     true = now.q.flatten()[batch.choice] - state
-    terms = (true, batch.reward - expected, expected - sample.value.flatten()[batch.step] - true)
-    norms = []
-    for advantage in terms:
-        found = coefficients(logprob, advantage, batch.tokens, arm.ratio)
-        norms.append(ascent(found.kept + found.lost, batch, policy).norm(dim=1))
-    off = _mean((critic.flatten()[batch.step] - state).square(), batch, len(policy)).sqrt()
-    return (*norms, off, torch.cosine_similarity(kept, now.gradient.flatten(1), dim=1))
+    expected = sample.truth.q.flatten()[batch.choice]
+    rest = expected - sample.value.flatten()[batch.step] - true
+    found = []
+    for advantage in (true, batch.reward - expected, rest):
+        part = coefficients(logprob, advantage, batch.tokens, arm.ratio)
+        found.append(ascent(part.kept + part.lost, batch, policy).norm(dim=1))
+    off = (critic.flatten()[batch.step] - state).square()
+    return [*found, _mean(off, batch, len(policy)).sqrt()]
 
 
 def _mean(x: Tensor, batch: Batch, runs: int) -> Tensor:
