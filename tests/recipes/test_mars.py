@@ -436,6 +436,8 @@ def test_a_run_leaves_tables_plots_and_a_report(tmp_path):
         ("rates", ()),
         ("hanabi_rates", (-1.0,)),
         ("games", ()),
+        ("batch_games", 1),
+        ("warm_up", -1),
         ("evaluation_games", 0),
     ],
 )

@@ -76,38 +76,40 @@ class Config:
         model: "smollm2", or any chat model of transformers (this and what follows: language).
         estimator: how turns are credited.
         steps: rollout-and-update rounds.
+        warm_up: updates of imitating random legal moves before them; 0 for none.
         games: games that the model learns from.
         heldout: games that it only plays.
-        group_size: games of each kind per step, two dialogues each.
+        group_size: games of each kind per step, a dialogue for each seat.
         max_new_tokens: length limit of a reply.
         learning_rate: of AdamW.
-        lora_rank: rank of LoRA adapters; 0 trains all weights.
+        lora_rank: rank of LoRA adapters; 0 trains all weights, as the warm-up does.
         opponents: who the model is measured against, where they can play.
-        evaluation_games: games per game, opponent and seat, before and after.
+        evaluation_games: games per pairing and seat, before and after.
         seed: of everything.
     """
 
     world: Literal["tabular", "language"] = "tabular"
     seeds: int = 24
-    tuning_seeds: int = 4
+    tuning_seeds: int = 8
     updates: int = 300
     batch_games: int = 64
-    rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4)
+    rates: tuple[float, ...] = (0.02, 0.03, 0.05, 0.1, 0.2)
     batches: int = 2000
     hanabi_seeds: int = 6
     hanabi_updates: int = 100
     hanabi_rates: tuple[float, ...] = (0.001, 0.002, 0.004)
     model: str = "smollm2"
     estimator: str = "mars"
-    steps: int = 24
+    steps: int = 12
+    warm_up: int = 24
     games: tuple[str, ...] = ("tic_tac_toe", "kuhn_poker", "mini_hanabi")
     heldout: tuple[str, ...] = ("connect_four", "leduc_poker", "simple_hanabi")
-    group_size: int = 16
+    group_size: int = 6
     max_new_tokens: int = 16
-    learning_rate: float = 1e-5
+    learning_rate: float = 2e-5
     lora_rank: int = 0
     opponents: tuple[str, ...] = ("random", "mcts", "cfr")
-    evaluation_games: int = 24
+    evaluation_games: int = 12
     seed: int = 0
 
     @property
@@ -131,13 +133,16 @@ class Config:
         Raises:
             InputError: names the flag.
         """
-        if self.world == "tabular" and self.plan.games < 2:
+        if self.batch_games < 2:
             raise InputError(f"batch_games must be at least 2, got {self.batch_games}")
+        _ = self.plan  # checks the rest of the tabular world
         if not self.games:
             raise InputError("games must name at least one game")
         for name in ("steps", "group_size", "max_new_tokens", "evaluation_games"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.warm_up < 0:
+            raise InputError(f"warm_up must be at least 0, got {self.warm_up}")
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:
@@ -259,7 +264,8 @@ def plot_poker(trials: Trials, path: Path) -> None:
                 _band(ax, trial.games, trial.curve, name)
                 last = [sum(seeds) / len(seeds) for seeds in trial.last]
                 ax.plot(trial.games, last, color=COLORS[name], ls=":", lw=1)
-            ax.set(title=f"{game} (dotted: last policy)", xlabel="games played", yscale="log")
+            ax.set(title=f"{game} (dotted: last policy)", xlabel="games played")
+            ax.set_ylim(bottom=0)
         axes[0].set_ylabel("exploitability of the average policy")
         axes[0].legend(fontsize=8)
 
