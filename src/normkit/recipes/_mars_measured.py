@@ -54,8 +54,8 @@ class Plan:
 
     Attributes:
         seeds: runs of each arm.
-        tuning_seeds: runs of each arm and rate, to choose the rate. With 8 the choice was a matter of
-            luck: neighbouring rates ended alike.
+        tuning_seeds: runs of each arm and rate, to choose the rate. With 8 the choice was a matter
+            of luck: neighbouring rates ended alike.
         updates: of each run.
         games: of an update; the paper's 64 give 128 trajectories.
         rates: learning rates to choose from.
