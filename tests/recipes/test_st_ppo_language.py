@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from normkit.commands import evaluate
 from normkit.errors import InputError
 from normkit.recipes import _st_ppo_language
 from normkit.recipes._st_ppo_language import METRICS, _reference
@@ -13,6 +14,7 @@ from normkit.recipes.st_ppo import Config, run
 from normkit.rl import models
 from normkit.rl.environment import Reply
 from normkit.rl.environments.search import SearchWorld
+from normkit.rl.evaluation import players
 from normkit.runs import read_json, read_table
 from tests.rl.tiny import tiny_model, tiny_tokenizer
 
@@ -42,6 +44,7 @@ def model(monkeypatch):
         return model, tokenizer
 
     monkeypatch.setattr(models, "load_policy", load)
+    monkeypatch.setattr(players, "load_policy", load)
 
 
 @pytest.mark.parametrize(("method", "rank"), [("st-ppo", 0), ("so-grpo", 2)])
@@ -71,6 +74,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, monkeypatc
         assert row["loss"] == other["loss"]
         assert row["value_loss"] == other["value_loss"]
     assert read_json(whole, "after.json") == read_json(stopped, "after.json")
+
+
+def test_a_run_is_evaluated_as_it_evaluates_itself(tmp_path):
+    run(Config(**SMALL), tmp_path / "run")
+    out, short = tmp_path / "out.json", ["--max-turns", "2", "--max-new-tokens", "4"]
+    few = ["--limit", "1", "--repeats", "1", "--out", str(out)]
+    evaluate.main([str(tmp_path / "run"), "--world", "search", *short, *few])
+    (found,) = json.loads(out.read_text(encoding="utf-8"))["models"].values()
+    record = found["records"]["search"][0]
+    expected = read_json(tmp_path / "run", "after.json")["dialogues"][0]
+    assert record["task"] == expected["task"] == "heldout-1-000"
+    assert record["turns"] == expected["turns"]
 
 
 def test_without_a_warm_start_the_model_is_taken_as_it_comes(tmp_path):
