@@ -172,9 +172,9 @@ class Match:
 
     text: OpenSpielText
     players: Sequence[Policy | None]
-    paid: list[float] = field(default_factory=list)
-    earned: list[float] = field(default_factory=list)
-    lost_by: int | None = None
+    paid: list[float] = field(init=False)
+    earned: list[float] = field(init=False)
+    lost_by: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.paid = [0.0] * self.text.seats
@@ -303,19 +303,23 @@ class GameWorld:
         text = OpenSpielText(task, seed, self.config)
         systems = [text.system(seat) for seat in range(text.seats)]
         players: list[Policy | None] = [None] * text.seats
-        if self.opponent is not None:
-            # Not the seed modulo the seats: the deal is chosen so.
-            mine = int(np.random.default_rng([seed, 2]).integers(text.seats))
-            mine = mine if self._seat is None else self._seat
-            other = self.opponent
+        other = self.opponent
+        if other is not None:
             other = player(other, task, seed) if isinstance(other, str) else other
-            players = [None if seat == mine else other for seat in range(text.seats)]
+            players = [other] * text.seats
+            players[self._drawn_seat(text.seats, seed)] = None
         match = Match(text, players)
         return [
             GameSession(task, seat, match, systems[seat])
             for seat, fixed in enumerate(players)
             if fixed is None
         ]
+
+    def _drawn_seat(self, seats: int, seed: int) -> int:
+        """The policy's seat: the given one, or drawn apart from the deal, which is by remainder."""
+        if self._seat is not None:
+            return self._seat
+        return int(np.random.default_rng([seed, 2]).integers(seats))
 
     def act(self, sessions: Sequence[GameSession], replies: Sequence[Reply]) -> None:
         """Make the moves of the replies, and those of fixed players after them.
@@ -349,17 +353,14 @@ class GameWorld:
 
     @staticmethod
     def _end(session: GameSession) -> str:
-        match, seat = session.match, session.seat
+        """Why a seat's game ended; success is a win, or all points of a game won together."""
+        match, words = session.match, session.match.text.words
         if match.lost_by is not None:
-            return "illegal move" if match.lost_by == seat else "another's illegal move"
-        if match.text.words.shared:
-            return (
-                "success"
-                if match.paid[seat] >= match.text.state.get_game().max_utility()
-                else "end"
-            )
-        value = match.paid[seat]
-        return "success" if value > 0 else "draw" if value == 0 else "loss"
+            return "illegal move" if match.lost_by == session.seat else "another's illegal move"
+        paid = match.paid[session.seat]
+        if words.shared:
+            return "success" if paid >= words.game.max_utility() else "end"
+        return "success" if paid > 0 else "draw" if paid == 0 else "loss"
 
     def start(self, task: str, seed: int) -> GameSession:
         """Open a game against a fixed player, for those who take turns with one session alone.
@@ -374,9 +375,7 @@ class GameWorld:
             raise InputError(_SELF_PLAY)
         (session,) = sessions
         step = self._told(session)
-        session.message = (
-            "The game is over." if step is None or step.message is None else step.message
-        )
+        session.message = (step and step.message) or "The game is over."
         return session
 
     def step(self, sessions: Sequence[GameSession], replies: Sequence[Reply]) -> list[Step]:
