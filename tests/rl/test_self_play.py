@@ -195,11 +195,12 @@ def test_who_can_play_what():
         ("mcts", "tic_tac_toe"),
         ("mcts", "connect_four"),
         ("minimax", "tic_tac_toe"),
-        ("minimax", "connect_four"),
         ("cfr", "kuhn_poker"),
         ("cfr", "leduc_poker"),
     }
     assert all(can_play("random", game) for game in GAMES)
+    assert can_play("minimax", "hex(board_size=3)")
+    assert not can_play("minimax", "pig")
     assert player("mcts-7", "tic_tac_toe", 5) == MCTS(7, 5)
     assert player("random", "mini_hanabi") is uniform
 

@@ -34,6 +34,7 @@ from normkit.statistics import Interval, bootstrap_interval
 Policy: TypeAlias = Callable[[Any, int], Mapping[int, float]]
 
 _MOST_POSITIONS = 100_000
+_MOST_MOVES = 12
 
 
 def draw(chances: Mapping[int, float], numbers: np.random.Generator) -> int:
@@ -201,8 +202,8 @@ def check_player(name: str, game: str) -> None:
 def can_play(name: str, game: str) -> bool:
     """Whether a player of :func:`player` suits a game.
 
-    Tree search and minimax need open cards and opposed players (minimax two, and no chance), CFR
-    opposed players and information states of hidden cards.
+    Tree search and minimax need open cards and opposed players (minimax two, no chance and at most
+    12 moves), CFR opposed players and information states of hidden cards.
 
     Raises:
         InputError: where there is no player of that name.
@@ -218,13 +219,13 @@ def can_play(name: str, game: str) -> bool:
     if name == "cfr":
         return hides(loaded) and bool(kind.provides_information_state_string)
     if name == "minimax":
-        return not hides(loaded) and _is_duel(loaded)
+        return not hides(loaded) and _is_short_duel(loaded)
     return not hides(loaded)
 
 
-def _is_duel(game: Any) -> bool:
-    chance = game.get_type().chance_mode.name
-    return bool(chance == "DETERMINISTIC" and game.num_players() == 2)
+def _is_short_duel(game: Any) -> bool:
+    sure = game.get_type().chance_mode.name == "DETERMINISTIC" and game.num_players() == 2
+    return bool(sure and game.max_game_length() <= _MOST_MOVES)
 
 
 # ---------------------------------------------------------------------- how good a policy is
