@@ -61,6 +61,7 @@ def compare(
     repeats: int = 30,
     warmup: int = 3,
     least: float = 0.002,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """Time calls in turns.
 
@@ -69,11 +70,13 @@ def compare(
         repeats: number of times that each is measured.
         warmup: calls of each before measuring (compilation, caches, allocator).
         least: seconds that a measurement lasts at least; short calls are repeated within it.
+        clock: what tells the time; ``time.process_time`` counts this process's alone, which on one
+            thread is fair on a machine that is shared.
 
     Returns:
         One row per call, in the order given.
     """
-    number = {name: _calls_within(call, warmup, least) for name, call in calls.items()}
+    number = {name: _calls_within(call, warmup, least, clock) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     collecting = gc.isenabled()
@@ -82,7 +85,7 @@ def compare(
     try:
         for _ in range(repeats):
             for name in order:
-                seconds[name].append(_measure(calls[name], number[name]))
+                seconds[name].append(_measure(calls[name], number[name], clock))
             order.reverse()
             gc.collect()
     finally:
@@ -116,25 +119,27 @@ def print_table(rows: Sequence[Row], title: str = "") -> None:
     Console(width=100).print(table)
 
 
-def _calls_within(call: Callable[[], object], warmup: int, least: float) -> int:
+def _calls_within(
+    call: Callable[[], object], warmup: int, least: float, clock: Callable[[], float]
+) -> int:
     for _ in range(warmup):
         call()
-    taken = _measure(call, 1)
+    taken = _measure(call, 1, clock)
     return max(1, math.ceil(least / max(taken, 1e-9)))
 
 
-def _measure(call: Callable[[], object], number: int) -> float:
+def _measure(call: Callable[[], object], number: int, clock: Callable[[], float]) -> float:
     """Seconds of one call: the mean over ``number`` of them, or of what they timed themselves."""
     own = []
     _finish()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(number):
         result = call()
         if isinstance(result, Seconds):
             own.append(result)
         del result  # its memory is free for the next call, as in a loop that uses it up
     _finish()
-    taken = (time.perf_counter() - start) / number
+    taken = (clock() - start) / number
     return statistics.fmean(own) if own else taken
 
 

@@ -16,6 +16,7 @@ needs at least, at the speed of a measured copy, over what is taken (norms by ro
 read x and the gradient, write one; batch-wise norms read all inputs twice).
 
     python benchmarks/norms.py                        # all bars; about three minutes
+    OMP_NUM_THREADS=1 python benchmarks/norms.py --cpu-time    # where others use the machine too
     python benchmarks/norms.py --layers UnifiedNorm --dtypes bfloat16 --json FILE
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,7 +166,9 @@ def both(
     return lambda: torch.autograd.grad(call(*inputs), leaves, grads)
 
 
-def measure(name: str, shape: str, dtype: str, repeats: int) -> list[Bar]:
+def measure(
+    name: str, shape: str, dtype: str, repeats: int, clock: Callable[[], float]
+) -> list[Bar]:
     """Time a norm and its peers at one shape and dtype."""
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -191,7 +195,7 @@ def measure(name: str, shape: str, dtype: str, repeats: int) -> list[Bar]:
             else both(call, made[label], inputs, upstream)
             for label, call in calls.items()
         }
-        rows = compare({**timed, "copy": lambda: target.copy_(upstream)}, repeats)
+        rows = compare({**timed, "copy": lambda: target.copy_(upstream)}, repeats, clock=clock)
         taken = {row.name: row for row in rows}
         bound = n * taken["copy"].seconds.median * traffic / 2  # a copy moves two tensors
         for label in ("compiled", "eager") if kind.torch is None else ("compiled",):
@@ -238,16 +242,20 @@ def main() -> None:
     for name, known in (("layers", KINDS), ("shapes", SHAPES), ("dtypes", DTYPES)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(known), default=list(known))
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of this process, for one thread of a busy machine"
+    )
     parser.add_argument("--json", type=Path, help="also write the bars there")
     options = parser.parse_args()
     keep_freed_memory()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     bars: list[Bar] = []
     for layer in options.layers:
         found = [
             bar
             for shape in options.shapes
             for dtype in options.dtypes
-            for bar in measure(layer, shape, dtype, options.repeats)
+            for bar in measure(layer, shape, dtype, options.repeats, clock)
         ]
         show(found)
         bars += found
