@@ -15,6 +15,7 @@ from normkit.rl.advantage import ESTIMATORS, estimate, to_tokens
 from normkit.rl.dialogue import pack, turn_table
 from normkit.rl.rollout import RolloutConfig
 from tests.rl.talk import ScriptedWorld, check_dialogue
+from tests.rl.test_rollout import Relay
 from tests.rl.test_trainer import PlainJudge, make
 from tests.rl.tiny import tiny_model, tiny_tokenizer
 
@@ -289,6 +290,41 @@ def test_rounds_end_where_there_is_no_room(tmp_path):
     assert dialogue.end_reason == "context"
     longest = trainer.model.config.max_position_embeddings
     assert longest - 200 < len(dialogue.segments[0].token_ids) <= longest
+
+
+def test_seats_of_a_game_are_credited_as_by_our_trainer(tmp_path):
+    """Games of one to six replies between two seats; the second may never have its turn."""
+    world = Relay(seats=2, length=lambda seed: 1 + seed % 6)
+    trainer = theirs(
+        tmp_path, world=world, estimator="mars", per_device_train_batch_size=8, num_generations=8
+    )
+    kept = []
+    played_by = trainer.rollout_func._play
+    trainer.rollout_func._play = lambda *args: kept.extend(played_by(*args)) or kept
+    output = batch_of(trainer)
+    assert [d.agent for d in kept] == [0, 1] * 4
+    assert not all(d.turns for d in kept)
+    table = turn_table(kept)
+    rows = (table.reward, table.dialogue, table.turn, torch.zeros_like(table.group))
+    expected = estimate("mars", *rows, agent=table.agent)
+    mask = (output["completion_mask"] * output["tool_mask"]).bool()
+    lengths = torch.tensor([len(turn.token_ids) for d in kept for turn in d.turns])
+    torch.testing.assert_close(
+        output["advantages"][mask].double(),
+        expected.repeat_interleave(lengths),
+        atol=1e-4,
+        rtol=1e-6,
+    )
+    assert not bool(output["advantages"][~mask].any())
+
+
+def test_seats_that_do_not_fill_a_group_are_refused(tmp_path):
+    trainer = theirs(tmp_path, world=Relay(seats=2))
+    with pytest.raises(InputError, match="multiple of the 2 seats"):
+        trainer.rollout_func(["relay"] * 3, trainer)
+    trainer.rollout_func.through_trl = True
+    with pytest.raises(InputError, match="cannot play one with seats"):
+        trainer.rollout_func(["relay"] * 2, trainer)
 
 
 def test_a_dialogue_that_outgrew_its_context_is_refused():

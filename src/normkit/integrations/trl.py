@@ -26,8 +26,8 @@ from torch import Tensor
 from normkit.errors import InputError, MissingDependencyError
 from normkit.rl.advantage import estimate, get_estimator, to_tokens
 from normkit.rl.chat_format import ChatFormat
-from normkit.rl.dialogue import Dialogue, Segment, Turn, finite_mean, pack, turn_table
-from normkit.rl.environment import Environment, Reply, Split
+from normkit.rl.dialogue import Dialogue, PackedRow, Segment, Turn, finite_mean, pack
+from normkit.rl.environment import Environment, Reply, SeatedEnvironment, Split
 from normkit.rl.rollout import Rollout, RolloutConfig
 from normkit.rl.token_grid import turns_of_mask
 
@@ -36,6 +36,9 @@ try:
     from trl import GRPOConfig, GRPOTrainer
 except ImportError:
     raise MissingDependencyError("trl", "trl") from None
+
+_UNSAID = PackedRow(torch.zeros(2, dtype=torch.int64), torch.full((2,), -1), torch.zeros(2))
+"""Stands for a dialogue without turns: TRL wants one token of prompt and one of completion."""
 
 
 class TurnAdvantageTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -224,6 +227,9 @@ class WorldRollout:
     process holds a whole model. With vLLM or a sharded model the replies come from TRL's
     generation, one round of turns after the other.
 
+    In a :class:`~normkit.rl.environment.SeatedEnvironment` the dialogues of a group are the seats
+    of ``num_generations / seats`` games; TRL's generation cannot play it.
+
     Args:
         environment: the world.
         config: options of normkit's generation; None takes them from the trainer's arguments.
@@ -251,8 +257,9 @@ class WorldRollout:
         self._calls += 1
         now = [trainer.args.seed, trainer.state.global_step, self._calls]
         seeds = np.random.SeedSequence([*now, trainer.accelerator.process_index])
-        numbers = seeds.generate_state(len(prompts)).tolist()
-        tasks = [(task, i, numbers[i]) for i, task in enumerate(prompts)]
+        games = self._games(prompts)
+        numbers = seeds.generate_state(len(games)).tolist()
+        tasks = [(task, i, numbers[i]) for i, task in enumerate(games)]
         through_trl = self.through_trl
         if through_trl is None:
             kind = trainer.accelerator.distributed_type.name
@@ -260,8 +267,26 @@ class WorldRollout:
         if through_trl:
             if self.config is not None:
                 raise InputError("rollout must be None where TRL generates: its args say how")
+            if isinstance(self.environment, SeatedEnvironment):
+                raise InputError("environment: TRL's generation cannot play one with seats")
             return completions(_play_rounds(self.environment, tasks, trainer))
-        return completions(self._play(tasks, trainer))
+        dialogues = self._play(tasks, trainer)
+        if len(dialogues) != len(prompts):
+            raise InputError("environment: its games must all have the same number of seats")
+        return completions(dialogues)
+
+    def _games(self, prompts: Sequence[str]) -> list[str]:
+        """The tasks to open, where each gives a dialogue per seat."""
+        if not isinstance(self.environment, SeatedEnvironment):
+            return list(prompts)
+        seats = len(self.environment.start_seats(prompts[0], 0))
+        games = list(prompts[::seats])
+        if [task for task in games for _ in range(seats)] != list(prompts):
+            raise InputError(
+                f"args: num_generations must be a multiple of the {seats} seats of a game, and so "
+                "must the completions of a process"
+            )
+        return games
 
     def _play(self, tasks: Sequence[tuple[str, int, int]], trainer: Any) -> list[Dialogue]:
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -283,7 +308,8 @@ def completions(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     A dialogue is one prompt, up to the first reply, and one completion, everything after it.
 
     Args:
-        dialogues: dialogues of one segment each.
+        dialogues: dialogues of one segment each. One without turns (a seat whose game ended first)
+            is a single token that nobody trains.
 
     Returns:
         ``prompt_ids``, ``completion_ids``, ``logprobs`` (0 on tokens not sampled), ``env_mask``,
@@ -293,24 +319,23 @@ def completions(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     Raises:
         InputError: for a dialogue that outgrew its context: TRL trains one row per completion.
     """
-    if any(len(dialogue.segments) != 1 for dialogue in dialogues):
+    if any(len(dialogue.segments) > 1 for dialogue in dialogues):
         raise InputError(
             "rollout: a dialogue outgrew max_context, and TRL trains one row per dialogue; raise "
             "max_context, or lower the world's max_turns or the length limit of replies"
         )
-    index = turn_table(dialogues).turn
     fields: dict[str, Any] = {
         name: [] for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask", "turn_ids")
     }
-    for row in pack(dialogues):
+    for dialogue in dialogues:
+        (row,) = pack([dialogue]) if dialogue.turns else [_UNSAID]
         sampled = row.turn_row >= 0
-        begin = int(sampled.nonzero()[0])
-        turn = torch.where(sampled, index[row.turn_row], -1)
+        begin = int(sampled.nonzero()[0]) if dialogue.turns else 1
         fields["prompt_ids"].append(row.token_ids[:begin].tolist())
         fields["completion_ids"].append(row.token_ids[begin:].tolist())
         fields["logprobs"].append(row.logprob[begin:].tolist())
         fields["env_mask"].append(sampled[begin:].long().tolist())
-        fields["turn_ids"].append(turn[begin:].tolist())
+        fields["turn_ids"].append(row.turn_row[begin:].tolist())
     fields["turn_rewards"] = [[turn.reward for turn in d.turns] for d in dialogues]
     fields["agent"] = [d.agent for d in dialogues]
     fields["scores"] = [d.scores["score"] for d in dialogues]
