@@ -85,7 +85,7 @@ class RolloutConfig:
 
 
 @dataclass(eq=False)
-class Live:
+class _Live:
     """A dialogue in progress.
 
     Attributes:
@@ -112,12 +112,10 @@ class Live:
 
     @property
     def slot(self) -> int:
-        """The row of the cache."""
         return self.dialogue.index
 
     @property
     def row(self) -> list[int]:
-        """The tokens of the last segment."""
         return self.dialogue.segments[-1].token_ids
 
     def hear(self, step: Step) -> None:
@@ -198,12 +196,12 @@ class Rollout:
         Raises:
             InputError: when a first message leaves no room for a reply.
         """
-        waiting: list[list[Live]] = []
-        for task in tasks:
-            waiting.append(self._start(environment, sum(map(len, waiting)), *task))
+        waiting = [self._start(environment, *task) for task in tasks]
         dialogues = [live.dialogue for lives in waiting for live in lives]
+        for index, dialogue in enumerate(dialogues):
+            dialogue.index = index
         waiting.reverse()
-        running: list[Live] = []
+        running: list[_Live] = []
         room = self.config.batch_size or len(dialogues)
         try:
             while running or waiting:
@@ -222,24 +220,21 @@ class Rollout:
             self._release(running)
         return dialogues
 
-    def _start(
-        self, environment: Environment[S], index: int, task: str, group: int, seed: int
-    ) -> list[Live]:
-        """Open the sessions of a task; their dialogues are numbered from ``index`` on."""
+    def _start(self, environment: Environment[S], task: str, group: int, seed: int) -> list[_Live]:
+        """Open the sessions of a task; their dialogues are not numbered yet."""
         if seed < 0:
             raise InputError(f"tasks: a seed must be at least 0, got {seed}")
-        if not isinstance(environment, SeatedEnvironment):
-            session = environment.start(task, seed)
-            dialogue = Dialogue(task, group, index, seed, session.system, [], [], "", {})
-            return [Live(dialogue, session, session.message)]
-        lives: list[Live] = []
-        for session in environment.start_seats(task, seed):
-            place, seat = index + len(lives), environment.seat(session)
-            dialogue = Dialogue(task, group, place, seed, session.system, [], [], "", {}, seat)
-            lives.append(Live(dialogue, session, "", waiting=True))
-        return lives
 
-    def _round(self, environment: Environment[S], running: list[Live]) -> list[Live]:
+        def open_(session: S, seat: int, waiting: bool) -> _Live:
+            dialogue = Dialogue(task, group, -1, seed, session.system, [], [], "", {}, seat)
+            return _Live(dialogue, session, session.message, waiting)
+
+        if isinstance(environment, SeatedEnvironment):
+            seats = environment.start_seats(task, seed)
+            return [open_(session, environment.seat(session), waiting=True) for session in seats]
+        return [open_(environment.start(task, seed), 0, waiting=False)]
+
+    def _round(self, environment: Environment[S], running: list[_Live]) -> list[_Live]:
         """Let every dialogue whose turn it is take it; return those that go on."""
         ready = [live for live in running if not live.waiting]
         if not ready:
@@ -265,7 +260,7 @@ class Rollout:
                 live.hear(step)
         return self._settle(environment, running)
 
-    def _settle(self, environment: Environment[S], lives: list[Live]) -> list[Live]:
+    def _settle(self, environment: Environment[S], lives: list[_Live]) -> list[_Live]:
         """Tell waiting dialogues what there is to tell, close finished ones, return the others."""
         waiting = [live for live in lives if live.waiting]
         if isinstance(environment, SeatedEnvironment) and waiting:
@@ -281,14 +276,14 @@ class Rollout:
         return [live for live in lives if live.slot not in over]
 
     @torch.inference_mode()
-    def _release(self, lives: Sequence[Live]) -> None:
+    def _release(self, lives: Sequence[_Live]) -> None:
         self._decoder.release([live.slot for live in lives])
         for live in lives:
             live.cached = 0
 
     # ------------------------------------------------------------------ prompts
 
-    def _prepare(self, live: Live) -> bool:
+    def _prepare(self, live: _Live) -> bool:
         """Append the user's message to the row; False where there is no room for a reply."""
         dialogue = live.dialogue
         live.reply, live.logprobs, live.ended, live.truncated = [], [], False, False
@@ -319,7 +314,7 @@ class Rollout:
     def _following(self, reply: list[int], message: str) -> list[int]:
         return self.format.following(message, self.format.closed(reply))
 
-    def _shortened(self, live: Live) -> list[int]:
+    def _shortened(self, live: _Live) -> list[int]:
         """Row of the most recent turns that fill at most half of the context."""
         turns, system = live.dialogue.turns, live.dialogue.system
         shortest = self.format.opening(system, live.message)
@@ -337,7 +332,7 @@ class Rollout:
     # ------------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def _generate(self, speaking: list[Live]) -> None:
+    def _generate(self, speaking: list[_Live]) -> None:
         """Sample one reply for every dialogue, its new tokens encoded first."""
         if not speaking:
             return
@@ -379,11 +374,11 @@ class Rollout:
             spans = live.dialogue.segments[-1].spans
             spans[-1] = (spans[-1][0], spans[-1][1], len(live.row))
 
-    def _encode(self, speaking: list[Live]) -> Tensor:
+    def _encode(self, speaking: list[_Live]) -> Tensor:
         """Encode what the cache lacks; equal beginnings (the same task) are encoded once."""
-        first: dict[tuple[int, ...], Live] = {}
-        twins: list[tuple[Live, Live]] = []
-        encoded: list[Live] = []
+        first: dict[tuple[int, ...], _Live] = {}
+        twins: list[tuple[_Live, _Live]] = []
+        encoded: list[_Live] = []
         for live in speaking:
             key = tuple(live.row) if live.cached == 0 else ()
             if key and key in first:
@@ -399,7 +394,7 @@ class Rollout:
         place.update({live.slot: place[source.slot] for live, source in twins})
         return logits[[place[live.slot] for live in speaking]]
 
-    def _extend(self, lives: list[Live]) -> Tensor:
+    def _extend(self, lives: list[_Live]) -> Tensor:
         new = [live.row[live.cached :] for live in lives]
         logits = self._decoder.extend([live.slot for live in lives], new)
         for live in lives:
