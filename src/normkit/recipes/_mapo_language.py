@@ -37,11 +37,7 @@ def _heldout(baseline: str) -> dict[int, Mapping[str, Any]]:
             folder.mkdir(parents=True, exist_ok=True)
             run(config, folder)
         found[seed] = {
-            "tokens": round(
-                sum(row["reply_tokens"] * row["turns"] for row in read_table(folder))
-                * config.groups
-                * config.group_size
-            ),
+            "tokens": round(sum(row["sampled_tokens"] for row in read_table(folder))),
             **{when: _scores(read_json(folder, f"{when}.json")) for when in ("before", "after")},
         }
     return found
