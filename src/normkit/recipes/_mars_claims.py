@@ -85,7 +85,7 @@ def _worked_others() -> Finding:
 
 
 def _padded() -> tuple[Tensor, Tensor]:
-    """The card's trajectories as two games of two seats ``[1, 2, 2, 3]``, and which turns are."""
+    """Those trajectories as two games of two seats ``[1, 2, 2, 3]``, and which turns are."""
     reward, live = torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.bool)
     for i, row in enumerate(_CARD):
         reward[i, : len(row)], live[i, : len(row)] = _tensor(row), True
@@ -306,8 +306,8 @@ def _two_trajectories() -> Finding:
 
 def _claims() -> Iterator[Claim]:
     exact = (
-        ("worked-seats", "the card's advantages by seat, centered and scaled", _worked_seats),
-        ("worked-others", "the card's advantages pooled, and in the other order", _worked_others),
+        ("worked-seats", "worked advantages by seat, centered and scaled", _worked_seats),
+        ("worked-others", "worked advantages pooled, and in the other order", _worked_others),
         (
             "one-turn-is-grpo",
             "with one turn a dialogue it is GRPO, with and without std",

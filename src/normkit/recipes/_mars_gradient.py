@@ -124,7 +124,7 @@ def mean_of_pool(total: Tensor, count: Tensor, probability: Tensor, games: int) 
     weight = one.new_ones(1, 1) if spectrum is None else torch.fft.irfft2(spectrum**others, s=shape)
     sums = torch.arange(shape[0], dtype=torch.float64)[:, None] + others * low
     counts = torch.arange(shape[1], dtype=torch.float64)
-    cases, case = torch.stack([total, count], 1).unique(dim=0, return_inverse=True)
+    cases, case = torch.unique(torch.stack([total, count], 1), dim=0, return_inverse=True)
     means = [(weight * (a + sums) / (b + counts)).sum() for a, b in cases.tolist()]
     return torch.stack(means)[case]
 

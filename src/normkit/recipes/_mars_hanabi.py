@@ -20,7 +20,6 @@ from torch import Tensor
 from normkit.recipes._mars_gradient import Arm, credit
 from normkit.rl.spiel import load_game
 
-BEST = 4
 HIDDEN = 32
 
 
