@@ -19,6 +19,7 @@ from normkit.rl.advantage import (
     get_estimator,
     to_tokens,
 )
+from normkit.testing import check_advantage
 from tests.reference import mapo as oracle
 from tests.reference import mars as mars_oracle
 from tests.rl.rows import flat, ragged
@@ -413,6 +414,14 @@ def test_a_reward_at_the_end_credits_all_turns_alike(games):
     for i in range(len(games)):
         own = got[dialogue == i]
         assert (own - own[0]).abs().max() < 1e-12
+
+
+def test_whitened_over_tokens_it_keeps_the_contract_but_for_groups():
+    check_advantage(
+        "mars",
+        options=lambda rows: {"tokens": 1 + rows["turn"] % 3},
+        skip={"groups": "it whitens over the batch"},
+    )
 
 
 def test_centered_first_and_summed_afterwards_is_not_mars():
