@@ -85,6 +85,20 @@ def test_hungarian_is_the_best_of_all_matchings(matrix):
     assert float(paid.sum()) <= min(matrix.shape)
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_problems_solved_together_are_each_the_best(shape):
+    """Ties are frequent; some columns get one of their best rows, some problems go to SciPy."""
+    generator = torch.Generator().manual_seed(shape[0])
+    values = torch.tensor([0, 0, 0.4, 0.6, 0.6, 1], dtype=torch.float64)
+    batch = values[torch.randint(6, (150, *shape), generator=generator)]
+    found = match(batch)
+    for matrix, reward, assignment in zip(batch, found.reward, found.assignment, strict=True):
+        assert float(reward.sum()) == pytest.approx(oracle.best_sum(matrix.tolist()), abs=1e-12)
+        taken = assignment[assignment >= 0].tolist()
+        assert len(set(taken)) == len(taken)
+        assert (reward[assignment >= 0] > 0).all()
+
+
 @settings(deadline=None, max_examples=200)
 @given(scores())
 def test_greedy_is_the_authors_loop(matrix):
