@@ -200,3 +200,45 @@ def test_bad_input_is_refused(norm):
         compress(torch.ones(3, 1))
     with pytest.raises(InputError, match="scalar"):
         complete(torch.tensor(1.0))
+
+
+class _Norm(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+        self.weight, self.bias = (torch.nn.Parameter(torch.randn(D)) for _ in range(2))
+
+    def forward(self, x):
+        return self.norm(x, (D,), self.weight, self.bias, 1e-5)
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_exported_programs_hold_torch_s_operators_alone(norm):
+    program = torch.export.export(_Norm(norm).eval(), (torch.randn(3, D),))
+    called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert called
+    assert not [name for name in called if "normkit" in name]
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_compiled_without_derivatives(norm, without):
+    torch.compiler.reset()
+    module, x = _Norm(norm), torch.randn(5, D)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with without():
+        torch.testing.assert_close(compiled(x), module(x))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_compiled_transforms_of_torch_func(norm):
+    torch.compiler.reset()
+    x, weight, bias = (t.detach() for t in leaves())
+
+    def value(w):
+        return norm(x, (D,), w, bias, 1e-5).pow(3).sum()
+
+    compiled = torch.compile(grad(value), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(weight), grad(value)(weight))
+    torch.compiler.reset()
