@@ -107,3 +107,14 @@ def test_bootstrap_intervals():
     assert 44 - 1 < found.low < 46
     with pytest.raises(InputError, match="finite"):
         bootstrap_interval([])
+
+
+def test_a_run_that_begins_forgets_the_rows_of_an_earlier_attempt(tmp_path):
+    logger = RunLogger(tmp_path, tensorboard=False)
+    logger.log(1, {"loss": 0.1})
+    logger.append("trials", [{"name": "a"}])
+    logger.begin({"steps": 2})
+    logger.log(1, {"loss": 0.2})
+    assert read_table(tmp_path) == [{"step": 1, "loss": 0.2}]
+    assert not (tmp_path / "trials.jsonl").exists()
+    assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 2}

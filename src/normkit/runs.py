@@ -106,6 +106,12 @@ class RunLogger:
                 file.write(json.dumps(finite(_plain(dict(row))), ensure_ascii=False) + "\n")
             file.flush()
 
+    def begin(self, config: Any) -> None:
+        """Start from nothing: keep the configuration, forget all rows of an earlier attempt."""
+        self.config(config)
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
+
     def rewind(self, step: int) -> None:
         """Forget all logged rows of steps after ``step``, and a last line that was cut short."""
         for path in self.folder.glob("*.jsonl"):

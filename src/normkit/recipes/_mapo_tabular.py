@@ -38,9 +38,7 @@ def run_tabular(config: Config, folder: Path, plan: Plan | None = None) -> Mappi
     started = time.perf_counter()
     console = Console()
     logger = RunLogger(folder)
-    logger.config(config)
-    logger.rewind(0)
-    (folder / "trials.jsonl").unlink(missing_ok=True)
+    logger.begin(config)
     options = {
         "mapo": {"alpha": config.alpha, "gamma": config.gamma, "batch_scope": config.batch_scope}
     }

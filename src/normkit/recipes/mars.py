@@ -155,9 +155,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     started = time.perf_counter()
     console = Console()
     logger = RunLogger(folder)
-    logger.config(config)
-    logger.rewind(0)
-    (folder / "trials.jsonl").unlink(missing_ok=True)
+    logger.begin(config)
     trials: dict[str, dict[str, Trial]] = {}
     with Progress(console=console) as progress:
         task = progress.add_task("estimating gradients", total=len(GAMES) * len(ARMS) + len(HANABI))

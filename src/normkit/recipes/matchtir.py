@@ -127,9 +127,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     started = time.perf_counter()
     console = Console()
     logger = RunLogger(folder)
-    logger.config(config)
-    logger.rewind(0)
-    (folder / "trials.jsonl").unlink(missing_ok=True)
+    logger.begin(config)
     trials: dict[str, Trial] = {}
     with Progress(console=console) as progress:
         task = progress.add_task("running all tools", total=len(SETTINGS))
