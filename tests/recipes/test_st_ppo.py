@@ -310,10 +310,13 @@ def test_the_claims_judge_the_comparisons(monkeypatch, taught):
     rates = (0.05, 0.2)
     in_chain = {t.name: t for t in measured.chain(Plan(2, 1, 16, 8, rates, (16,)), 0)}
     plan = Plan(2, 1, 4, 8, (0.02,), (1, 4), hot=0.05)
-    rounds = [{t.name: t for t in trials} for trials in measured.search(plan, 0)]
-    found = dict(zip(("1", "64", "hot"), rounds, strict=True))
+    on, off, large = ({t.name: t for t in trials} for trials in measured.search(plan, 0))
+
+    def played(staleness, hot=False):
+        return large if hot else on if staleness == 1 else off
+
     monkeypatch.setattr(measured, "_chain", lambda: in_chain)
-    monkeypatch.setattr(measured, "_search", lambda: found)
+    monkeypatch.setattr(measured, "_search", played)
     names = [claim.name for claim in measured.MEASURED]
     assert len(set(names)) == len(names)
     for claim in measured.MEASURED:

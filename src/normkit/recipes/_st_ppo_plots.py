@@ -42,9 +42,9 @@ def plot_lemma(trial: Trial, path: Path) -> None:
     with figure(path, columns=3, width=4.6) as (terms, error, cosine):
         for key, (label, color) in _TERMS.items():
             _band(terms, trial.lag(key), color, label)
-        room = 1.6 * max(trial.lag(key).mean(1).max() for key in _TERMS)
+        room = 1.9 * max(trial.lag(key).mean(1).max() for key in _TERMS)
         terms.set(title=f"{trial.name}: terms of its gradient", ylabel="norm", ylim=(0, room))
-        terms.legend(fontsize=7, ncols=2, loc="upper left", frameon=False)
+        terms.legend(fontsize=7, loc="upper left", frameon=False)
         _band(error, trial.lag("value_error"), "tab:olive", "")
         error.set(title="error of the critic's values", ylabel="root mean square")
         _band(cosine, trial.lag("cosine"), "black", "")

@@ -70,7 +70,7 @@ class Config:
             policies that search; "language", a chat model that does.
         seeds: runs of each method; 32 in the chain and 10 in search if not given (the small worlds:
             this and the next four).
-        tuning_seeds: further runs to choose each method's learning rate; 6 and 3.
+        tuning_seeds: further runs to choose each method's learning rate; 6 and 8.
         updates: of each run; 512 and 256.
         rates: learning rates to choose from.
         staleness: updates per batch; 64, and in search 1, 4, 16 and 64.
