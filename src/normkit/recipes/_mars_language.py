@@ -66,10 +66,9 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         raise InputError("warm_up trains all weights; with lora_rank it must be 0")
     console = Console()
     logger = open_run(config, folder)
-    world = GameWorld(config.games, config.heldout)
-    arena = Arena(
-        pairings(config.games, config.opponents), pairings(config.heldout, config.opponents)
-    )
+    world = GameWorld(config.games, heldout=())
+    arena = Arena(pairings((*config.games, *config.heldout), config.opponents))
+    labels = arena.tasks("train")
     with console.status(f"loading {config.model}"):
         model, tokenizer = load_policy(config.model)
     if config.warm_up and not (standing_folder(folder / "checkpoint") / "state.json").exists():
@@ -98,10 +97,9 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         logger=logger,
         report=progress(console, "return"),
     )
-    labels = [task for split in ("train", "heldout") for task in arena.tasks(split)]
     study = Study(
         title=f"normkit run mars: {config.estimator}, self-play in {len(config.games)} games",
-        about=f"{config.estimator} on {config.model}, {config.warm_up} rounds of warm-up",
+        about=f"{config.estimator} on {config.model}, {config.warm_up} updates of warm-up",
         score="return",
         metrics=("score", "illegal", *labels, f"exploitability in {EXACT}", "legal share there"),
         play=partial(_play, arena=arena, count=config.evaluation_games),
@@ -130,7 +128,7 @@ def _warm_up(model: Any, form: ChatFormat, config: Config) -> list[float]:
         moves = list(session.match.text.legal())
         return f"<answer>{moves[numbers.integers(len(moves))]}</answer>"
 
-    world = _Lessons(config.games, [], opponent="random")
+    world = _Lessons(config.games, heldout=(), opponent="random")
     lessons = write_dialogues(world, list(config.games) * _LESSONS, random_move, form)
     return imitate(model, lessons, config.warm_up, batch=8, seed=config.seed)
 
@@ -144,7 +142,7 @@ def _play(trainer: Trainer, arena: Arena, count: int) -> list[Dialogue]:
     Of a game that the model plays with itself one seat is kept: all get the same.
     """
     trainer.rollout.sync(trainer.model)
-    labels = [task for split in ("train", "heldout") for task in arena.tasks(split)]
+    labels = arena.tasks("train")
     tasks = [(label, i, seed) for i, label in enumerate(labels) for seed in range(count)]
     played = trainer.rollout.run(arena, tasks)
     kept = [d for d in played if d.agent == 0 or " with itself" not in d.task]
@@ -154,9 +152,9 @@ def _play(trainer: Trainer, arena: Arena, count: int) -> list[Dialogue]:
     for number, dialogue in enumerate(kept):
         columns = dict.fromkeys(labels, math.nan)
         columns[dialogue.task] = dialogue.scores["score"]
-        once = number == 0
-        columns[f"exploitability in {EXACT}"] = exact if once else math.nan
-        columns["legal share there"] = legal if once else math.nan
+        # Figures of the policy, not of a game: they stand once.
+        columns[f"exploitability in {EXACT}"] = math.nan if number else exact
+        columns["legal share there"] = math.nan if number else legal
         dialogue.scores.update(columns)
     return kept
 
