@@ -156,13 +156,18 @@ def turn_rewards(traces: Sequence[Trace], options: MatchOptions | None = None) -
         options: how calls are paid.
     """
     options = options or MatchOptions()
-    turns = list(chain.from_iterable(trace.paid for trace in traces))
     lengths = np.array([len(trace.turns) for trace in traces], np.int64)
-    sizes = np.fromiter(map(len, turns), np.int64, len(turns))
+    calls: list[ToolCall] = []
+    by_turn = []
+    for trace in traces:
+        for made in trace.paid:
+            calls += made
+            by_turn.append(len(made))
+    sizes = np.array(by_turn, np.int64)
     m = np.bincount(np.repeat(np.arange(len(traces)), lengths), sizes, len(traces)).astype(np.int64)
     n = np.array([len(trace.gold) for trace in traces], np.int64)
     gold = [trace.gold for trace in traces]
-    similarity = similarities(list(chain.from_iterable(turns)), m, gold, options.equal)
+    similarity = similarities(calls, m, gold, options.equal)
     rows = torch.arange(similarity.shape[1]) < torch.from_numpy(m)[:, None]
     matching = match(
         similarity,

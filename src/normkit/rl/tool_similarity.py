@@ -19,10 +19,9 @@ calls; N pairs of calls whose names are equal.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -101,61 +100,24 @@ def similarities(
     references = list(chain.from_iterable(shared.values()))
     call_at = _places(sizes)
     reference_at = _places([len(x) for x in shared.values()])
+    spelled, keys, values = _Numbers(), _Numbers(), _Numbers()
+    ours = _read(calls, spelled, keys, values)
+    theirs = _read(references, spelled, keys, values, patterns=True)
     # Names whatever their case; a place that is -1 takes the last element, which is no name.
-    spelled, names = _Numbers(), _Numbers()
-    written = [[spelled[x.name] for x in side] for side in (calls, references)]
+    names = _Numbers()
     name = np.array([names[x.lower()] for x in spelled], np.int64)
-    called = np.append(name[written[0]], -1)[call_at]
-    wanted = np.append(name[written[1]], -2)[reference_at][which]
+    called = np.append(name[ours.name], -1)[call_at]
+    wanted = np.append(name[theirs.name], -2)[reference_at][which]
     out = np.zeros((*called.shape, wanted.shape[1]))
     b, i, j = np.nonzero(called[:, :, None] == wanted[:, None, :])
-    pairs = call_at[b, i], reference_at[which[b], j]
-    out[b, i, j] = _of_pairs(calls, references, *pairs, equal)
-    return torch.from_numpy(out)
-
-
-def _of_pairs(
-    calls: Sequence[ToolCall], references: Sequence[ToolCall], c: _Array, r: _Array, equal: Equal
-) -> _Array:
-    """Similarities ``[N]`` of calls ``c [N]`` to references ``r [N]`` of the same names."""
-    out, left = np.zeros(len(c)), np.arange(len(c))
+    c, r = call_at[b, i], reference_at[which[b], j]
+    found, left = np.zeros(len(c)), np.arange(len(c))
     if equal is operator.eq:
-        with suppress(TypeError):  # of a value that is not of JSON and cannot be hashed
-            out, left = _counted(calls, references, c, r)
+        found, left = _counted(ours, theirs, values, c, r)
     for k in left.tolist():
-        out[k] = tool_similarity(calls[c[k]], references[r[k]], equal)
-    return out
-
-
-def _counted(
-    calls: Sequence[ToolCall], references: Sequence[ToolCall], c: _Array, r: _Array
-) -> tuple[_Array, _Array]:
-    """Similarities ``[N]`` from numbers of parameters that agree, and the pairs that have none."""
-    keys, values = _Numbers(), _Numbers()
-    sizes, key, value = _parameters([x.arguments for x in calls], keys)
-    number = _numbered(values, value)
-    gold_sizes, gold_key, patterns = _parameters([x.arguments for x in references], keys)
-    owner = np.repeat(np.arange(len(references)), gold_sizes)
-    optional = np.array([_optional(p) for p in patterns], bool)
-    nested = np.bincount(owner[[_looks_within(p) for p in patterns]], minlength=len(references))
-    accepted = [(k, v) for k, p in enumerate(patterns) for v in _values(p)]
-    at = np.array([k for k, _ in accepted], np.int64)
-    gold_number = _numbered(values, [v for _, v in accepted])
-    # A parameter with its value is one number; of values that are accepted twice one counts.
-    item, gold_item = key * len(values) + number, gold_key[at] * len(values) + gold_number
-    gold_owner, gold_item = np.unique(np.stack([owner[at], gold_item]), axis=1)
-
-    def gold(owners: _Array, numbers: _Array) -> _Array:
-        return _padded(np.bincount(owners, minlength=len(references)), numbers, -2)[r]
-
-    given = _padded(sizes, key, -1)[c]
-    common = _agreeing(given, gold(owner, gold_key))
-    wanted = np.bincount(owner[~optional], minlength=len(references))[r]
-    wanted += _agreeing(given, gold(owner[optional], gold_key[optional]))
-    right = _agreeing(_padded(sizes, item, -1)[c], gold(gold_owner, gold_item))
-    union = wanted + sizes[c] - common
-    share = np.where(union > 0, common / np.maximum(union, 1), 1.0)
-    return (1 + share + right) / (2 + wanted), np.flatnonzero(nested[r])
+        found[k] = tool_similarity(calls[c[k]], references[r[k]], equal)
+    out[b, i, j] = found
+    return torch.from_numpy(out)
 
 
 class _Numbers(dict[Any, int]):
@@ -166,21 +128,86 @@ class _Numbers(dict[Any, int]):
         return number
 
 
-def _parameters(
-    arguments: Sequence[Mapping[str, Any]], keys: _Numbers
-) -> tuple[_Array, _Array, list[Any]]:
-    """How many parameters each call has, and the numbers of their names and the values of all."""
-    sizes = np.fromiter(map(len, arguments), np.int64, len(arguments))
-    key = np.fromiter(map(keys.__getitem__, chain.from_iterable(arguments)), np.int64, sizes.sum())
-    return sizes, key, list(chain.from_iterable(x.values() for x in arguments))
+class _Side(NamedTuple):
+    """Calls in numbers.
+
+    Attributes:
+        name: of each call.
+        sizes: how many parameters each has.
+        key: name of each parameter, call by call.
+        value: number of its value, -1 where there is none; of a reference, the pattern itself.
+    """
+
+    name: _Array
+    sizes: _Array
+    key: _Array
+    value: list[Any]
 
 
-def _numbered(numbers: _Numbers, values: Sequence[Any]) -> _Array:
+def _read(
+    calls: Sequence[ToolCall],
+    names: _Numbers,
+    keys: _Numbers,
+    values: _Numbers,
+    patterns: bool = False,
+) -> _Side:
+    """Number calls in one pass: what takes time is to touch them."""
+    name, sizes, key, value = [], [], [], []
+    for call in calls:
+        given = call.arguments
+        name.append(names[call.name])
+        sizes.append(len(given))
+        for k, v in given.items():
+            key.append(keys[k])
+            value.append(v if patterns else _number(values, v))
+    return _Side(
+        np.array(name, np.int64), np.array(sizes, np.int64), np.array(key, np.int64), value
+    )
+
+
+def _number(values: _Numbers, value: Any) -> int:
+    """Number of a value; -1 for one that is not of JSON and cannot be hashed."""
     try:
-        found = list(map(numbers.__getitem__, values))
-    except TypeError:  # lists and objects among them
-        found = [numbers[_frozen(value)] for value in values]
-    return np.array(found, np.int64)
+        return values[value]
+    except TypeError:
+        try:
+            return values[_frozen(value)]
+        except TypeError:
+            return -1
+
+
+def _counted(
+    ours: _Side, theirs: _Side, values: _Numbers, c: _Array, r: _Array
+) -> tuple[_Array, _Array]:
+    """Similarities ``[N]`` from numbers of parameters that agree, and the pairs that have none.
+
+    The pairs are those of calls ``c [N]`` and references ``r [N]``, of equal names.
+    """
+    size = len(theirs.sizes)
+    owner = np.repeat(np.arange(size), theirs.sizes)
+    optional = np.array([_optional(p) for p in theirs.value], bool)
+    accepted = [(k, _number(values, v)) for k, p in enumerate(theirs.value) for v in _values(p)]
+    at, number = np.array(accepted, np.int64).reshape(-1, 2).T
+    value = np.array(ours.value, np.int64)
+    looked = np.array([_looks_within(p) for p in theirs.value], bool)
+    looked[at[number < 0]] = True
+    odd = np.repeat(np.arange(len(ours.sizes)), ours.sizes)[value < 0]
+    # A parameter with its value is one number; of values that are accepted twice one counts.
+    item, wanted_item = ours.key * len(values) + value, theirs.key[at] * len(values) + number
+    item_owner, wanted_item = np.unique(np.stack([owner[at], wanted_item]), axis=1)
+
+    def gold(owners: _Array, numbers: _Array) -> _Array:
+        return _padded(np.bincount(owners, minlength=size), numbers, -2)[r]
+
+    given = _padded(ours.sizes, ours.key, -1)[c]
+    common = _agreeing(given, gold(owner, theirs.key))
+    wanted = np.bincount(owner[~optional], minlength=size)[r]
+    wanted += _agreeing(given, gold(owner[optional], theirs.key[optional]))
+    right = _agreeing(_padded(ours.sizes, item, -1)[c], gold(item_owner, wanted_item))
+    union = wanted + ours.sizes[c] - common
+    share = np.where(union > 0, common / np.maximum(union, 1), 1.0)
+    left = np.isin(r, owner[looked]) | np.isin(c, odd)
+    return (1 + share + right) / (2 + wanted), np.flatnonzero(left)
 
 
 def _frozen(value: Any) -> Any:
