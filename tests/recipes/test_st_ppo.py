@@ -16,7 +16,9 @@ from normkit.recipes import _st_ppo_recurrent as recurrent
 from normkit.recipes import _st_ppo_search as search
 from normkit.recipes import _st_ppo_tabular as tabular
 from normkit.recipes._st_ppo_arms import ARMS, CLIP, Tokens, coefficients, group_advantage, limited
-from normkit.recipes._st_ppo_measured import Plan, Trial
+from normkit.recipes._st_ppo_comparison import Plan, Trial
+from normkit.recipes._st_ppo_comparison import chain as play_chain
+from normkit.recipes._st_ppo_comparison import search as play_search
 from normkit.recipes._st_ppo_tabular import Schedule
 from normkit.recipes.st_ppo import SYSTEM, Config, run
 from normkit.rl.environment import Reply
@@ -308,9 +310,9 @@ def test_equal_trainings_are_equal_and_others_are_not():
 
 def test_the_claims_judge_the_comparisons(monkeypatch, taught):
     rates = (0.05, 0.2)
-    in_chain = {t.name: t for t in measured.chain(Plan(2, 1, 16, 8, rates, (16,)), 0)}
+    in_chain = {t.name: t for t in play_chain(Plan(2, 1, 16, 8, rates, (16,)), 0)}
     plan = Plan(2, 1, 4, 8, (0.02,), (1, 4), hot=0.05)
-    on, off, large = ({t.name: t for t in trials} for trials in measured.search(plan, 0))
+    on, off, large = ({t.name: t for t in trials} for trials in play_search(plan, 0))
 
     def played(staleness, hot=False):
         return large if hot else on if staleness == 1 else off

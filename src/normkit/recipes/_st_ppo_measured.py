@@ -1,219 +1,30 @@
 """Measured claims of ST-PPO: every seed, mean, interval, verdict as it falls.
 
-Two experiments. In the chain of hops each update is taken apart into the terms of Lemma 4.2. In the
-search world recurrent policies are trained at four stalenesses: all methods play the same number
-of dialogues and take the same number of updates. Each method trains at its own best learning rate
-at each staleness, chosen by its end on seeds that the comparison does not use, and once more, where
-the data are stalest, at one rate for all, which is too large for most. Differences are paired by
-seed.
+Differences are paired by seed; see :mod:`normkit.recipes._st_ppo_comparison` for what is compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from normkit.errors import InputError
-from normkit.recipes import _st_ppo_recurrent as recurrent
-from normkit.recipes import _st_ppo_tabular as tabular
-from normkit.recipes._st_ppo_arms import ARMS
-from normkit.recipes._st_ppo_tabular import Schedule
+from normkit.recipes._st_ppo_comparison import (
+    CHAIN,
+    SEARCH,
+    Trial,
+    Values,
+    chain,
+    tuned,
+    untuned,
+)
 from normkit.recipes.base import Claim, Finding, verdict_of
 from normkit.statistics import bootstrap_interval
 
 SEED = 1
 """Of the claims; the recipe's default is another."""
-_TUNING = 100
-"""Added to the seed for choosing rates."""
-
-Values = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared.
-
-    Attributes:
-        seeds: runs of each method.
-        tuning_seeds: runs of each method and rate, to choose the rate.
-        updates: of each run.
-        dialogues: of each update.
-        rates: learning rates to choose from.
-        staleness: updates per batch of dialogues, each compared by itself.
-        hot: the rate at which all methods train once more, at the last staleness; None for not.
-    """
-
-    seeds: int
-    tuning_seeds: int
-    updates: int
-    dialogues: int
-    rates: tuple[float, ...]
-    staleness: tuple[int, ...]
-    hot: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "tuning_seeds", "updates"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.rates or not all(rate > 0 for rate in self.rates):
-            raise InputError(f"rates must be above 0, at least one, got {self.rates}")
-        if not self.staleness or not all(s >= 1 and self.updates % s == 0 for s in self.staleness):
-            raise InputError(
-                f"staleness must divide {self.updates} updates, at least one, got {self.staleness}"
-            )
-
-    def schedule(self, staleness: int) -> Schedule:
-        """How much is sampled and updated at a staleness."""
-        return Schedule(self.updates, staleness, self.dialogues)
-
-
-CHAIN = Plan(32, 6, 512, 32, (0.02, 0.05, 0.1, 0.2), (64,))
-SEARCH = Plan(10, 8, 256, 16, (0.001, 0.003, 0.01), (1, 4, 16, 64), hot=0.01)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A method's runs at one staleness and rate, JSON-ready.
-
-    Attributes:
-        name: of the method.
-        staleness: updates per batch.
-        rate: the learning rate.
-        tuning: success at the end by rate and tuning seed; empty where no rate was chosen.
-        curve: success by evaluation and seed: exact expected reward in the chain, after every
-            update; exact match on held-out questions in the search world.
-        by_lag: means over the batches, by updates since sampling and seed, of "bias", "gradient"
-            and "clipped"; in the chain also of the terms of the lemma.
-        by_batch: mean of the clipping bias's norm by batch of dialogues and seed.
-        tail: 99th percentile of the gradient's norm by seed.
-    """
-
-    name: str
-    staleness: int
-    rate: float
-    tuning: dict[str, list[float]]
-    curve: list[list[float]]
-    by_lag: dict[str, list[list[float]]]
-    by_batch: list[list[float]]
-    tail: list[float]
-
-    def values(self, metric: str) -> Values:
-        """A metric by seed.
-
-        Args:
-            metric: "final", "mean" (over the course), "drop" (largest fall below the best so far),
-                "tail", or a key of ``by_lag``, in the mean over lags.
-        """
-        curve = np.asarray(self.curve, dtype=np.float64)
-        if metric == "tail":
-            found = np.asarray(self.tail)
-        elif metric in self.by_lag:
-            found = self.lag(metric).mean(0)
-        elif metric == "drop":
-            found = (np.maximum.accumulate(curve) - curve).max(0)
-        else:
-            found = curve[-1] if metric == "final" else curve.mean(0)
-        return np.asarray(found, dtype=np.float64)
-
-    def lag(self, name: str) -> Values:
-        """A key of ``by_lag`` by updates since sampling and seed ``[S, seeds]``."""
-        return np.asarray(self.by_lag[name], dtype=np.float64)
-
-
-def chain(plan: Plan, seed: int) -> Iterator[Trial]:
-    """Train every method in the chain; yields them one by one."""
-    (staleness,) = plan.staleness
-    schedule = plan.schedule(staleness)
-    for name, arm in ARMS.items():
-        rates = torch.tensor(plan.rates).repeat_interleave(plan.tuning_seeds)
-        tuned = tabular.train(arm, rates, schedule, seed + _TUNING).value[-1]
-        best, tuning = _best(plan, tuned)
-        done = tabular.train(arm, torch.full((plan.seeds,), best), schedule, seed, lemma=True)
-        keys = (*_LAGS, "cosine", *(_TERMS if arm.critic else ()))
-        lags = {key: _by_lag(getattr(done, key), staleness) for key in keys}
-        batches = _by_batch(done.bias, staleness)
-        tail = done.gradient.quantile(0.99, 0).tolist()
-        yield Trial(name, staleness, best, tuning, done.value.tolist(), lags, batches, tail)
-
-
-def search(plan: Plan, seed: int) -> Iterator[list[Trial]]:
-    """Train every method in the search world; yields those of a staleness together.
-
-    Last come the trainings at the common rate, where the plan has one.
-    """
-    for staleness in plan.staleness:
-        yield tuned(plan, staleness, seed)
-    if plan.hot is not None:
-        yield untuned(plan, plan.staleness[-1], plan.hot, seed)
-
-
-def tuned(plan: Plan, staleness: int, seed: int) -> list[Trial]:
-    """Train every method in the search world at its own best rate."""
-    names = list(ARMS)
-    tried = recurrent.train(
-        [name for name in names for _ in plan.rates],
-        list(plan.rates) * len(names),
-        plan.tuning_seeds,
-        plan.schedule(staleness),
-        seed + _TUNING,
-    )
-    chosen = [_best(plan, part) for part in tried.match[-1].chunk(len(names))]
-    return _compared(plan, staleness, seed, *zip(*chosen, strict=True))
-
-
-def untuned(plan: Plan, staleness: int, rate: float, seed: int) -> list[Trial]:
-    """Train every method in the search world at the same rate."""
-    return _compared(plan, staleness, seed, [rate] * len(ARMS), [{} for _ in ARMS])
-
-
-_LAGS = ("bias", "gradient", "clipped")
-_TERMS = ("true", "luck", "critic", "value_error")
-
-
-def _compared(
-    plan: Plan,
-    staleness: int,
-    seed: int,
-    rates: Sequence[float],
-    tuning: Sequence[dict[str, list[float]]],
-) -> list[Trial]:
-    names = list(ARMS)
-    done = recurrent.train(names, rates, plan.seeds, plan.schedule(staleness), seed)
-    trials = []
-    for i, (name, rate) in enumerate(zip(names, rates, strict=True)):
-        mine = slice(i * plan.seeds, (i + 1) * plan.seeds)
-        lags = {key: _by_lag(getattr(done, key)[:, mine], staleness) for key in _LAGS}
-        tail = done.gradient[:, mine].quantile(0.99, 0).tolist()
-        batches = _by_batch(done.bias[:, mine], staleness)
-        curve = done.match[:, mine].tolist()
-        trials.append(Trial(name, staleness, rate, tuning[i], curve, lags, batches, tail))
-    return trials
-
-
-def _best(plan: Plan, tuned: Tensor) -> tuple[float, dict[str, list[float]]]:
-    """The rate with the best mean, and all ends by rate; ``tuned`` is by rate, then seed."""
-    ends = tuned.view(len(plan.rates), -1)
-    by_rate = {f"{rate:g}": row.tolist() for rate, row in zip(plan.rates, ends, strict=True)}
-    return plan.rates[int(ends.mean(1).argmax())], by_rate
-
-
-def _by_lag(x: Tensor, staleness: int) -> list[list[float]]:
-    rows: list[list[float]] = x.view(-1, staleness, x.shape[1]).mean(0).tolist()
-    return rows
-
-
-def _by_batch(x: Tensor, staleness: int) -> list[list[float]]:
-    rows: list[list[float]] = x.view(-1, staleness, x.shape[1]).mean(1).tolist()
-    return rows
-
-
-# --------------------------------------------------------------------- verdicts
 
 
 def difference(more: Trial, less: Trial, metric: str) -> Finding:
@@ -327,9 +138,6 @@ def robust(trials: Mapping[str, Trial], more: str, less: str) -> Finding:
     gain = bootstrap_interval((a - b).tolist())
     measured = f"{a.mean():.3f} against {b.mean():.3f}, difference {gain}"
     return Finding(verdict_of(gain), measured, {more: a.tolist(), less: b.tolist()})
-
-
-# ----------------------------------------------------------------------- claims
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from normkit.recipes._st_ppo_arms import ARMS
-from normkit.recipes._st_ppo_measured import Trial
+from normkit.recipes._st_ppo_comparison import Trial
 from normkit.report.plots import figure
 from normkit.statistics import bootstrap_interval
 

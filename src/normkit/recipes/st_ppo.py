@@ -33,17 +33,12 @@ from rich.progress import Progress
 from normkit.errors import InputError
 from normkit.recipes._st_ppo_arms import ARMS
 from normkit.recipes._st_ppo_claims import CLAIMS
+from normkit.recipes._st_ppo_comparison import CHAIN, SEARCH, Plan, Trial, chain, search
 from normkit.recipes._st_ppo_measured import (
-    CHAIN,
     MEASURED,
-    SEARCH,
-    Plan,
-    Trial,
-    chain,
     difference,
     exponential_growth,
     falls,
-    search,
     tracks,
 )
 from normkit.recipes._st_ppo_plots import (
