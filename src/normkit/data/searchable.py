@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ def wordnet_questions(
         found[split] = []
         for hops in HOPS:
             questions = _distinct(order, hops, by_offset, plain, used, searcher)
-            found[split] += [question for _, question in zip(range(count), questions, strict=False)]
+            found[split] += itertools.islice(questions, count)
     return searcher, found
 
 
@@ -109,8 +110,8 @@ def _distinct(
     """Questions whose nouns no earlier question has; their nouns are added to the used ones."""
     for offset in order:
         chain = [by_offset[offset]]
-        while len(chain) <= hops and chain[-1].hypernyms:
-            chain.append(by_offset[chain[-1].hypernyms[0]])
+        while len(chain) <= hops and (above := _above(chain[-1], by_offset)):
+            chain.append(above[0])
         offsets = [synset.offset for synset in chain]
         if len(chain) <= hops or not plain.issuperset(offsets[:-1]) or used & set(offsets):
             continue
@@ -131,9 +132,14 @@ def _distinct(
 def _passage(synset: Synset, by_offset: Mapping[int, Synset]) -> Passage:
     title, *others = synset.words
     also = f" Also called {', '.join(others)}." if others else ""
-    above = [by_offset[offset].words[0] for offset in synset.hypernyms if offset in by_offset]
-    kind = f" A kind of {' and '.join(above)}." if above else ""
+    above = " and ".join(kind.words[0] for kind in _above(synset, by_offset))
+    kind = f" A kind of {above}." if above else ""
     return Passage(_id(synset.offset), title, f"{synset.definition}.{also}{kind}")
+
+
+def _above(synset: Synset, by_offset: Mapping[int, Synset]) -> list[Synset]:
+    """What it is a kind of, as far as it is there."""
+    return [by_offset[offset] for offset in synset.hypernyms if offset in by_offset]
 
 
 def _id(offset: int) -> str:
