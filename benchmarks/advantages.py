@@ -21,24 +21,38 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from _memory import keep_freed_memory
 from _timing import Seconds, compare, print_table
+from _worker import Worker
 from torch import Tensor
 
 from normkit.rl.advantage import ESTIMATORS, estimate
 
-Grpo = Callable[[Tensor, Tensor, np.ndarray], Tensor]
+MOST_MS = 5.0
+"""What an estimator may take on 4,096 dialogues of 8 turns."""
+
+TIMES_FASTER = 20.0
+"""How many times faster than verl's loop GRPO shall be."""
+
+LEAST = 0.05
+"""Seconds of one measurement beside verl: what one call of its loop lasts; shorter calls are
+repeated in it, so that none pays for the caches that the other side's process has emptied."""
+
+
+def verdict(reached: bool) -> str:
+    """Of a bar."""
+    return "PASS" if reached else "MISS"
 
 
 def flat_turns(dialogues: int, turns: int, group_size: int) -> dict[str, Tensor]:
@@ -67,8 +81,8 @@ def token_batch(rows: int, length: int, group_size: int) -> dict[str, np.ndarray
 
 def ours(rewards: Tensor, mask: Tensor, uid: np.ndarray) -> Tensor:
     """GRPO from verl's layout to verl's layout."""
-    numbers: dict[str, int] = {}
-    names = np.fromiter((numbers.setdefault(u, len(numbers)) for u in uid), np.int64, len(uid))
+    numbers: defaultdict[str, int] = defaultdict(count().__next__)
+    names = np.fromiter(map(numbers.__getitem__, uid), np.int64, len(uid))
     dialogue = torch.arange(len(uid))
     rows = (rewards.sum(-1), dialogue, torch.zeros_like(dialogue), torch.from_numpy(names))
     return mask.to(rewards.dtype).mul_(estimate("grpo", *rows).unsqueeze(-1))
@@ -90,47 +104,32 @@ def reference_loop(rewards: Tensor, mask: Tensor, uid: np.ndarray) -> Tensor:
 
 
 class Peer:
-    """verl in its own process."""
+    """The estimators of verl, in the environment of their Python."""
 
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
-        self.process, self.folder = process, folder
+    def __init__(self, worker: Worker, folder: Path) -> None:
+        self._worker, self._folder = worker, folder
 
     def time(self, name: str) -> Seconds:
         """Seconds of one call."""
-        return Seconds(self._ask(name))
+        return Seconds(self._worker.ask(name))
 
     def result(self, name: str) -> Tensor:
         """What it computes."""
-        path = self.folder / "advantage.npy"
-        self._ask(f"save {name} {path}")
+        path = self._folder / "advantage.npy"
+        self._worker.ask(f"save {name} {path}")
         return torch.from_numpy(np.load(path))
-
-    def _ask(self, line: str) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(line, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit("the process of verl ended; its message stands above")
-        return answer
 
 
 @contextmanager
 def verl(python: str, batch: dict[str, np.ndarray], threads: int) -> Iterator[Peer]:
-    """Start verl on a batch, in the environment of that Python."""
+    """Start verl on a batch."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.savez(folder / "batch.npz", **batch)
         script = Path(__file__).with_name("_verl_peer.py")
         command = [python, str(script), str(folder / "batch.npz"), str(threads)]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-            assert process.stdout is not None
-            if process.stdout.readline().strip() != "ready":
-                raise SystemExit(f"verl does not start with {python}; its message stands above")
-            yield Peer(process, folder)
-            assert process.stdin is not None
-            process.stdin.close()
+        with Worker("verl", command) as worker:
+            yield Peer(worker, folder)
 
 
 def compare_turns(repeats: int, threads: int) -> None:
@@ -141,10 +140,10 @@ def compare_turns(repeats: int, threads: int) -> None:
     def call(name: str) -> Callable[[], Tensor]:
         return lambda: estimate(name, **rows, **extra.get(name, {}))
 
-    print_table(
-        compare({name: call(name) for name in ESTIMATORS}, repeats),
-        f"4096 dialogues of 8 turns, {threads} threads",
-    )
+    table = compare({name: call(name) for name in ESTIMATORS}, repeats)
+    print_table(table, f"4096 dialogues of 8 turns, {threads} threads")
+    slowest = max(1e3 * row.seconds.median for row in table)
+    print(f"slowest: {slowest:.2f} ms, bar {MOST_MS} ms: {verdict(slowest < MOST_MS)}")
 
 
 def compare_tokens(repeats: int, threads: int, python: str | None) -> None:
@@ -157,14 +156,20 @@ def compare_tokens(repeats: int, threads: int, python: str | None) -> None:
     if python is None:
         name = "reference loop of ours (verl is not installed)"
         gaps = {name: reference_loop(*arguments) - ours(*arguments)}
-        rows = compare({**calls, name: lambda: reference_loop(*arguments)}, repeats)
+        calls[name] = lambda: reference_loop(*arguments)
+        rows = compare(calls, repeats, least=LEAST)
     else:
         with verl(python, batch, threads) as peer:
             names = ("grpo", "grpo_vectorized")
             gaps = {f"verl {n}": peer.result(n) - ours(*arguments) for n in names}
             calls.update({f"verl {n}": lambda n=n: peer.time(n) for n in names})
-            rows = compare(calls, repeats)
+            rows = compare(calls, repeats, least=LEAST)
     print_table(rows, title)
+    ratio = rows[1].ratio
+    print(
+        f"normkit is {ratio.median:.1f} times faster ({ratio.low:.1f} .. {ratio.high:.1f}) than "
+        f"{rows[1].name}, bar {TIMES_FASTER}: {verdict(ratio.median >= TIMES_FASTER)}"
+    )
     for name, gap in gaps.items():
         largest = float(gap.abs().max())
         print(f"largest difference to {name}: {largest:.1e}")
