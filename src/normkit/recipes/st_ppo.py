@@ -103,17 +103,17 @@ class Config:
     hops: tuple[int, ...] = (1, 2)
     reward: Literal["em", "f1"] = "em"
     bonus: float = 0.0
-    warm_start: int = 40
-    steps: int = 12
+    warm_start: int = 16
+    steps: int = 8
     groups: int = 4
     group_size: int = 4
     mini_batches: int = 4
     epochs: int = 1
     max_turns: int = 4
     max_new_tokens: int = 40
-    learning_rate: float = 1e-5
+    learning_rate: float = 2e-5
     lora_rank: int = 0
-    heldout: int = 40
+    heldout: int = 24
     seed: int = 0
 
     @property
@@ -151,9 +151,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     started = time.perf_counter()
     console = Console()
     logger = RunLogger(folder)
-    logger.config(config)
-    logger.rewind(0)
-    (folder / "trials.jsonl").unlink(missing_ok=True)
+    logger.begin(config)
     small = _chain if config.world == "tabular" else _search
     results = small(config, folder, logger, console)
     results["seconds"] = time.perf_counter() - started
