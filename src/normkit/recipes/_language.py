@@ -144,7 +144,7 @@ def _summarize(trainer: Trainer, folder: Path, study: Study, seconds: float) -> 
     plots = folder / "plots"
     scores = [[d["scores"]["score"] or 0.0 for d in side] for side in sides]
     training_curves(read_table(folder), plots / "1_training.png", study.score)
-    before_after(scores[0], scores[1], plots / "2_held-out.png", study.score)
+    before_after(scores[0], scores[1], plots / "2_held-out.png", study.score, study.tasks)
     if study.plot is not None:
         study.plot(folder)
     _write_pairs(folder, *sides)

@@ -294,7 +294,8 @@ def summarize(config: Config, folder: Path, seconds: float) -> dict[str, Any]:
             }
     training_curves(steps, folder / "plots" / "1_training.png", "score (EPM-Q)")
     scores = [[d["scores"]["score"] or 0.0 for d in side["sampled"]] for side in (before, after)]
-    before_after(scores[0], scores[1], folder / "plots" / "2_held-out.png", "score (EPM-Q)")
+    plot = folder / "plots" / "2_held-out.png"
+    before_after(scores[0], scores[1], plot, "score (EPM-Q)", "held-out scenarios")
     logger = RunLogger(folder, tensorboard=False)
     (folder / "pairs.jsonl").unlink(missing_ok=True)
     pick = sorted(range(len(scores[0])), key=lambda i: scores[1][i] - scores[0][i])

@@ -65,15 +65,20 @@ def training_curves(
 
 
 def before_after(
-    before: Sequence[float], after: Sequence[float], path: str | Path, label: str
+    before: Sequence[float],
+    after: Sequence[float],
+    path: str | Path,
+    label: str,
+    tasks: str = "held-out tasks",
 ) -> None:
-    """Each held-out scenario before and after training, on one line each.
+    """Each task before and after training, on one line each.
 
     Args:
-        before: score per scenario.
-        after: score per scenario, in the same order.
+        before: score per task.
+        after: score per task, in the same order.
         path: the PNG to write.
         label: name of the score.
+        tasks: what the tasks are called.
     """
     order = sorted(range(len(before)), key=lambda i: after[i] - before[i])
     with figure(path, width=7.5) as (ax,):
@@ -84,5 +89,5 @@ def before_after(
         places = range(len(order))
         ax.scatter(places, [before[i] for i in order], color="grey", s=18, label="before")
         ax.scatter(places, [after[i] for i in order], color="tab:blue", s=18, label="after")
-        ax.set(title="held-out scenarios", xlabel="scenario, sorted by gain", ylabel=label)
+        ax.set(title=tasks, xlabel="sorted by gain", ylabel=label)
         ax.legend(fontsize=8)

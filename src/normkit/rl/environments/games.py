@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 
 from normkit.errors import InputError
-from normkit.rl.environment import Reply, Split, Step
+from normkit.rl.environment import Reply, Split, Step, check_paired
 from normkit.rl.environments.game_texts import game_text, read_answer
 from normkit.rl.self_play import Policy, check_player, draw, player
 from normkit.rl.spiel import deal, load_game, opening
@@ -327,8 +327,7 @@ class GameWorld:
         Raises:
             InputError: where sessions and replies do not fit together, or it is not their turn.
         """
-        if len(sessions) != len(replies) or len(set(map(id, sessions))) != len(sessions):
-            raise InputError("replies must be one for each session, and no session given twice")
+        check_paired(sessions, replies)
         for session, reply in zip(sessions, replies, strict=True):
             if session.match.over or session.waiting or session.match.text.seat != session.seat:
                 raise InputError(f"sessions: it is not the turn of seat {session.seat}")
