@@ -15,9 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from normkit.files import standing_folder, write_json
+from normkit.files import write_json
 from normkit.recipes.base import finish
 from normkit.report.plots import before_after, training_curves
+from normkit.rl.checkpoint import has_checkpoint
 from normkit.rl.dialogue import Dialogue, finite_mean
 from normkit.rl.trainer import Trainer
 from normkit.runs import RunLogger, read_json, read_table
@@ -59,9 +60,10 @@ def open_run(config: Any, folder: Path) -> RunLogger:
     return logger
 
 
-def begun(folder: Path) -> bool:
-    """Whether a run folder has a checkpoint to go on from."""
-    return (standing_folder(folder / "checkpoint") / "state.json").exists()
+def tell_lessons(console: Console, what: str, losses: Sequence[float]) -> None:
+    """Print what the updates of a warm start did; ``losses`` are theirs."""
+    course = f"{losses[0]:.2f} to {losses[-1]:.2f} nats a token"
+    console.print(f"{len(losses)} updates on {what}: {course}", highlight=False)
 
 
 def progress(console: Console, score: str) -> Callable[[str, Mapping[str, Any]], None]:
@@ -96,7 +98,7 @@ def conduct(
     started, folder = time.perf_counter(), logger.folder
     if not (folder / "before.json").exists():
         evaluate(trainer, folder, "before", study, console)
-    if begun(folder):
+    if has_checkpoint(folder / "checkpoint"):
         trainer.resume(folder / "checkpoint")
         console.print(f"resumed after step {trainer.step}")
     trainer.train(folder / "checkpoint")

@@ -1,21 +1,5 @@
 """A chat model that learns small games from itself: ``normkit run mars --world language``.
 
-Fields of ``recipes.mars.Config`` that this file reads, with their defaults:
-
-    model: str = "smollm2"            any chat model of transformers
-    estimator: str = "mars"           how turns are credited (a key of ESTIMATORS)
-    steps: int = 12                   rollout-and-update rounds
-    warm_up: int = 24                 updates of imitating random legal moves before; 0 for none
-    games: tuple[str, ...] = ("tic_tac_toe", "kuhn_poker", "mini_hanabi")     trained by self-play
-    heldout: tuple[str, ...] = ("connect_four", "leduc_poker", "simple_hanabi")  only played
-    group_size: int = 6               games of each kind per step (a dialogue for each seat)
-    max_new_tokens: int = 16          length limit of a reply
-    learning_rate: float = 2e-5       of AdamW
-    lora_rank: int = 0                rank of LoRA adapters; 0 trains all weights (as warm_up needs)
-    opponents: tuple[str, ...] = ("random", "mcts", "cfr")   of the evaluation, where they can play
-    evaluation_games: int = 12        games per pairing and seat, before and after
-    seed: int = 0                     of everything
-
 A small model does not find the form of a reply by itself; the warm-up shows it replies that are
 legal and otherwise random, so that what is compared before and after knows the form and no more.
 """
@@ -32,10 +16,10 @@ import numpy as np
 from rich.console import Console
 
 from normkit.errors import InputError
-from normkit.files import standing_folder
-from normkit.recipes._language import Study, conduct, open_run, progress
+from normkit.recipes._language import Study, conduct, open_run, progress, tell_lessons
 from normkit.report.plots import figure
 from normkit.rl.chat_format import ChatFormat
+from normkit.rl.checkpoint import has_checkpoint
 from normkit.rl.dialogue import Dialogue
 from normkit.rl.environments.arena import Arena, pairings
 from normkit.rl.environments.game_policy import LanguagePolicy
@@ -71,14 +55,10 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     labels = arena.tasks("train")
     with console.status(f"loading {config.model}"):
         model, tokenizer = load_policy(config.model)
-    if config.warm_up and not (standing_folder(folder / "checkpoint") / "state.json").exists():
+    if config.warm_up and not has_checkpoint(folder / "checkpoint"):
         with console.status("imitating random legal moves"):
             losses = _warm_up(model, ChatFormat(tokenizer), config)
-        console.print(
-            f"{config.warm_up} updates on random legal moves: {losses[0]:.2f} to {losses[-1]:.2f} "
-            "nats a token",
-            highlight=False,
-        )
+        tell_lessons(console, "random legal moves", losses)
     trainer = Trainer(
         model,
         tokenizer,

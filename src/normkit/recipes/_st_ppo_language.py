@@ -3,28 +3,6 @@
 SmolLM2-135M never writes a readable search of its own accord, so that no reward would ever tell its
 dialogues apart. It is first shown reference dialogues of training questions (``warm_start`` updates
 of supervised learning); what is measured of the methods begins after that.
-
-Fields of ``recipes.st_ppo.Config`` that this file reads, with their defaults:
-
-    model: str = "smollm2"            any chat model of transformers
-    method: str = "st-ppo"            ppo, turn-ppo, s-ppo, st-ppo, grpo or so-grpo (rl.presets)
-    corpus: str = "land"              what is searched: "land", "wordnet" or a file of passages
-    questions: Path | None = None     questions about a file; the last third is held out
-    hops: tuple[int, ...] = (1, 2)    questions of so many hops; empty for all
-    reward: Literal["em", "f1"] = "em"   what an answer earns
-    bonus: float = 0.0                for finding all needed passages, in sum
-    warm_start: int = 40              updates of supervised learning first; 0 for none
-    steps: int = 12                   rollout-and-update rounds
-    groups: int = 4                   questions per step
-    group_size: int = 4               dialogues per question
-    mini_batches: int = 4             updates that a batch of dialogues is split into
-    epochs: int = 1                   passes over a batch
-    max_turns: int = 4                a dialogue ends here
-    max_new_tokens: int = 40          length limit of a reply
-    learning_rate: float = 1e-5       of AdamW
-    lora_rank: int = 0                rank of LoRA adapters; 0 trains all weights
-    heldout: int = 40                 held-out questions to score before and after
-    seed: int = 0                     of everything
 """
 
 from __future__ import annotations
@@ -41,14 +19,15 @@ from normkit.data.searchable import open_world
 from normkit.errors import InputError
 from normkit.recipes._language import (
     Study,
-    begun,
     conduct,
     evaluate,
     open_run,
     play_heldout,
     progress,
+    tell_lessons,
 )
 from normkit.report.plots import figure
+from normkit.rl.checkpoint import has_checkpoint
 from normkit.rl.dialogue import Dialogue, finite_mean
 from normkit.rl.environments.search import SearchSession, SearchWorld, SearchWorldConfig
 from normkit.rl.imitation import imitate, write_dialogues
@@ -127,7 +106,7 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         plot=plot,
     )
     if config.warm_start:
-        if not begun(folder):
+        if not has_checkpoint(folder / "checkpoint"):
             _warm_start(trainer, world, study, config, folder, console)
         untaught = [d["scores"]["score"] for d in read_json(folder, "untaught.json")["dialogues"]]
         note = (
@@ -158,11 +137,7 @@ def _warm_start(
         losses = imitate(
             trainer.model, lessons, config.warm_start, learning_rate=_LESSON, seed=config.seed
         )
-    console.print(
-        f"{config.warm_start} updates on reference dialogues: {losses[0]:.2f} to {losses[-1]:.2f} "
-        "nats a token",
-        highlight=False,
-    )
+    tell_lessons(console, "reference dialogues", losses)
 
 
 def _reference(session: SearchSession) -> str:

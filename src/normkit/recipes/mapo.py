@@ -30,7 +30,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from normkit.errors import InputError
-from normkit.files import standing_folder, write_json
+from normkit.files import write_json
 from normkit.recipes._mapo_claims import CLAIMS
 from normkit.recipes._mapo_language import MEASURED_LANGUAGE
 from normkit.recipes._mapo_measured import MEASURED
@@ -159,6 +159,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
         from normkit.recipes._mapo_tabular import run_tabular
 
         return run_tabular(config, folder)
+    from normkit.rl.checkpoint import has_checkpoint
     from normkit.rl.models import load_policy
     from normkit.rl.rollout import RolloutConfig
     from normkit.rl.trainer import Trainer, TrainerConfig
@@ -205,7 +206,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
     )
     if not (folder / "before.json").exists():
         _evaluate(trainer, folder, "before", console)
-    if (standing_folder(folder / "checkpoint") / "state.json").exists():
+    if has_checkpoint(folder / "checkpoint"):
         trainer.resume(folder / "checkpoint")
         console.print(f"resumed after step {trainer.step}")
     trainer.train(folder / "checkpoint", folder / "best")

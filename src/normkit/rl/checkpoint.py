@@ -24,6 +24,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether there is a checkpoint to go on from, an interrupted writer's earlier one included."""
+    return (standing_folder(folder) / _STATE).exists()
+
+
 def save_checkpoint(
     folder: str | Path,
     model: nn.Module,
