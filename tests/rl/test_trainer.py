@@ -590,7 +590,7 @@ def test_greedy_evaluation_leaves_sampling_as_it_was():
 
 
 WORKERS = """
-import sys, torch
+import os, sys, torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 from normkit.rl.checkpoint import trainable
@@ -606,6 +606,7 @@ if trainer.engine.rank == 0:
         weights.update(trainable(trainer.learner.critic))
     save_file({n: p.detach().contiguous() for n, p in weights.items()}, sys.argv[1])
 trainer.engine.wait()
+os._exit(0)  # all is saved; threads of gloo may abort the interpreter's own way out
 """
 
 
