@@ -392,6 +392,19 @@ def test_progress_counts_turns_up_to_all_of_them(model):
     assert all(done <= most <= 12 for done, most in seen)
 
 
+def test_another_config_replies_from_the_same_copy(model):
+    sampled = RolloutConfig(max_new_tokens=10, dtype="float32")
+    rollout = Rollout(model, TOKENIZER, sampled)
+    greedy = rollout.with_config(replace(sampled, greedy=True, max_new_tokens=5))
+    told = said(greedy.run(ScriptedWorld(2), tasks(3)))
+    assert told == said(play(model, 3, ScriptedWorld(2), greedy=True, max_new_tokens=5))
+    assert rollout.config == sampled
+    assert said(rollout.run(ScriptedWorld(2), tasks(3))) == said(play(model, 3, ScriptedWorld(2)))
+    for name, value in {"dtype": "bfloat16", "max_tokens": 9, "max_context": 64}.items():
+        with pytest.raises(InputError, match=f"{name} must stay"):
+            rollout.with_config(replace(sampled, **{name: value}))
+
+
 def test_no_tasks_no_dialogues(model):
     assert Rollout(model, TOKENIZER, RolloutConfig()).run(ScriptedWorld(2), []) == []
 

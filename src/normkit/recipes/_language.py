@@ -112,13 +112,9 @@ def play_heldout(trainer: Trainer, count: int) -> list[Dialogue]:
     world, rollout = trainer.environment, trainer.rollout
     names = world.tasks("heldout")
     chosen = names[:: max(1, len(names) // count)][:count]
-    sampling = rollout.config
-    rollout.config = replace(sampling, greedy=True)
     rollout.sync(trainer.model)
-    try:
-        return rollout.run(world, [(task, i, i) for i, task in enumerate(chosen)])
-    finally:
-        rollout.config = sampling
+    greedy = rollout.with_config(replace(rollout.config, greedy=True))
+    return greedy.run(world, [(task, i, i) for i, task in enumerate(chosen)])
 
 
 def evaluate(trainer: Trainer, folder: Path, name: str, study: Study, console: Console) -> float:

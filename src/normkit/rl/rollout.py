@@ -15,6 +15,7 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,6 +169,23 @@ class Rollout:
             model: the model given at construction, after updates.
         """
         self._copy.sync(model)
+
+    def with_config(self, config: RolloutConfig) -> Rollout:
+        """A rollout that replies in another way, from the same copy of the model.
+
+        Args:
+            config: how; with the ``max_context``, ``max_tokens`` and ``dtype`` of this rollout.
+
+        Raises:
+            InputError: where one of these three differs.
+        """
+        for name in ("max_context", "max_tokens", "dtype"):
+            asked, ours = getattr(config, name), getattr(self.config, name)
+            if asked != ours:
+                raise InputError(f"{name} must stay {ours}, as the copy was made, got {asked}")
+        other = copy(self)
+        other.config = config
+        return other
 
     def run(
         self,

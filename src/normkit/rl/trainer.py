@@ -195,12 +195,8 @@ class Trainer:
             for repeat in range(repeats)
             for task in evaluation_tasks(self.environment, split, seed, repeat)
         ]
-        sampling = self.rollout.config
-        self.rollout.config = replace(sampling, greedy=greedy)
-        try:
-            return self.rollout.run(self.environment, tasks)
-        finally:
-            self.rollout.config = sampling
+        speech = replace(self.rollout_config, greedy=greedy)
+        return self.rollout.with_config(speech).run(self.environment, tasks)
 
     def update(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
         """Credit and train a batch of dialogues; return its numbers (:meth:`PolicyUpdate.run`)."""

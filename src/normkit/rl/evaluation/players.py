@@ -11,6 +11,7 @@ import torch
 
 from normkit.errors import InputError
 from normkit.rl.chat import ChatModel
+from normkit.rl.checkpoint import has_checkpoint, load_checkpoint
 from normkit.rl.dialogue import Dialogue
 from normkit.rl.environment import Environment
 from normkit.rl.evaluation.dialogues import play_chat
@@ -54,7 +55,7 @@ class LocalPlayer:
 
     Args:
         name: ``"smollm2"``, a name on the Hugging Face hub, a folder that transformers can load, or
-            a run of ``normkit run mapo`` (its folder, or the checkpoint in it).
+            a run that trained one (its folder, or the checkpoint in it).
         dtype: dtype of the weights.
         batch_size: conversations that are answered together.
 
@@ -97,8 +98,7 @@ class LocalPlayer:
         speech = replace(speech, dtype=self._dtype)
         if self._rollout is None:
             self._rollout = Rollout(self._model, self._tokenizer, speech)
-        self._rollout.config = speech
-        return self._rollout.run(environment, tasks, report)
+        return self._rollout.with_config(speech).run(environment, tasks, report)
 
 
 class ServedPlayer:
@@ -158,11 +158,9 @@ class ServedPlayer:
 def _load(name: str, dtype: DtypeName) -> tuple[Any, Any]:
     """Load a model by name or folder; a folder of a run gives the model that it trained."""
     folder = Path(name)
-    checkpoint = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
-    if not (checkpoint / "state.json").is_file():
+    checkpoint = next(filter(has_checkpoint, (folder / "checkpoint", folder)), None)
+    if checkpoint is None:
         return load_policy(name, dtype)
-    from normkit.rl.checkpoint import load_checkpoint
-
     config = read_json(checkpoint.parent, "config.json")
     if not isinstance(config.get("model"), str):
         raise InputError(f"model: {checkpoint.parent / 'config.json'} does not name its base model")
