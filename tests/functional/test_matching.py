@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from scipy.optimize import linear_sum_assignment
 
 from normkit.errors import InputError
 from normkit.functional.matching import METHODS, greedy, hungarian, match, sinkhorn
@@ -87,7 +88,7 @@ def test_hungarian_is_the_best_of_all_matchings(matrix):
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
 def test_problems_solved_together_are_each_the_best(shape):
-    """Ties are frequent; some columns get one of their best rows, some problems go to SciPy."""
+    """Ties are frequent; in some problems a best row has to be moved, some go to SciPy."""
     generator = torch.Generator().manual_seed(shape[0])
     values = torch.tensor([0, 0, 0.4, 0.6, 0.6, 1], dtype=torch.float64)
     batch = values[torch.randint(6, (150, *shape), generator=generator)]
@@ -97,6 +98,26 @@ def test_problems_solved_together_are_each_the_best(shape):
         taken = assignment[assignment >= 0].tolist()
         assert len(set(taken)) == len(taken)
         assert (reward[assignment >= 0] > 0).all()
+
+
+@pytest.mark.parametrize("places", [14, 15, 16, 31, 32, 63, 64])
+@pytest.mark.parametrize("turned", [False, True])
+def test_as_many_places_as_the_bits_of_a_number(places, turned):
+    """Beside SciPy's matchings; the padding, which holds anything, is cut off for it."""
+    generator = torch.Generator().manual_seed(places)
+    batch = torch.randint(9, (60, places, 3), generator=generator) / 8.0
+    rows = torch.rand(60, places, generator=generator) < 0.2
+    rows[0] = True
+    batch[~rows] = torch.inf
+    batch[:, :, 0].masked_fill_(~rows, torch.nan)
+    masks = {"rows": rows}
+    if turned:
+        batch, masks = batch.mT, {"columns": rows}
+    found = match(batch, **masks)
+    for matrix, kept, reward in zip(batch, rows, found.reward, strict=True):
+        matrix = (matrix[:, kept] if turned else matrix[kept]).numpy()  # noqa: PLW2901
+        best = matrix[linear_sum_assignment(matrix, maximize=True)].sum()
+        assert float(reward.sum()) == pytest.approx(best, abs=1e-5)
 
 
 @settings(deadline=None, max_examples=200)

@@ -251,85 +251,120 @@ def _assigned(
     score: Tensor,
     rows: Tensor | None,
     columns: Tensor | None,
-    solve: Callable[[_Array], _Array],
+    solve: Callable[[_Array, _Array, _Array], _Array],
 ) -> Tensor:
-    """Column of each row ``[*, m]``, by a solver of problems ``[B, m, n]``, 0 in padding."""
+    """Column of each row ``[*, m]``, by a solver of problems ``[B, m, n]`` with their masks."""
     *batch, m, n = score.shape
     row, column = (mask.cpu().numpy() for mask in _masks(score, rows, columns))
     if not score.numel():
         return torch.full((*batch, m), -1, device=score.device)
-    pairs = row[..., :, None] & column[..., None, :]
-    filled = np.where(pairs, score.detach().double().cpu().numpy(), 0.0)
-    _check_range(filled)
-    found = solve(filled.reshape(-1, m, n))
+    values = score.detach().double().cpu().numpy().reshape(-1, m, n)
+    found = solve(values, row.reshape(-1, m), column.reshape(-1, n))
     return torch.from_numpy(found).to(score.device).reshape(*batch, m)
 
 
-def _hungarian(score: _Array) -> _Array:
-    _, m, n = score.shape
+def _hungarian(score: _Array, row: _Array, column: _Array) -> _Array:
+    size, m, n = score.shape
+    filled = _problems_last(score, row, column)
     if m < n:
-        return _inverted(_hungarian(np.ascontiguousarray(score.transpose(0, 2, 1))), m)
-    row, solved = _best_rows(score)
-    if not solved.all():
+        return _partners(filled).T
+    out, b = np.full((size, m + 1), -1), np.arange(size)
+    for j, i in enumerate(_partners(filled.swapaxes(0, 1))):
+        out[b, i] = j  # where there is no row, in the column beyond the last
+    return out[:, :m]
+
+
+def _problems_last(score: _Array, row: _Array, column: _Array) -> _Array:
+    """Scores ``[m, n, B]``, 0 in padding: an operation on numbers of all problems is quick."""
+    out = np.array(score.transpose(1, 2, 0), order="C")
+    kept = column.T.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        for i, wanted in enumerate(row.T):
+            out[i] *= kept * wanted
+    if np.isnan(out.min()):  # 0 times infinity, and padding may hold anything
+        out = np.where(row.T[:, None] & column.T, score.transpose(1, 2, 0), 0.0)
+    _check_range(out)
+    return out
+
+
+def _partners(score: _Array) -> _Array:
+    """Best matching of seekers with places that are no fewer, for problems ``[s, p, B]``.
+
+    Returns:
+        Place of each seeker ``[s, B]``, -1 for none.
+    """
+    seekers, places, size = score.shape
+    found, solved = np.full((seekers, size), -1), np.zeros(size, bool)
+    # The quick way does not pay for few problems, and a number has bits for so many places only.
+    if size > 2 * seekers**2 and places < np.iinfo(np.int64).bits:
+        found, solved = _best_places(score)
+    left = np.flatnonzero(~solved)
+    if len(left):
         try:
             from scipy.optimize import linear_sum_assignment
         except ImportError:
             raise MissingDependencyError("scipy", "rl") from None
-        hard = score[~solved]
-        found = np.full((len(hard), n), -1)
-        for rows, problem in zip(found, hard, strict=True):
-            i, j = linear_sum_assignment(problem, maximize=True)
-            rows[j] = i
-        earned = np.take_along_axis(hard, np.maximum(found, 0)[:, None], 1)[:, 0]
-        row[~solved] = np.where(earned > 0, found, -1)
-    return _inverted(row, m)
+        cost = -score.take(left, 2).transpose(2, 0, 1)
+        place = np.array([linear_sum_assignment(one)[1] for one in cost])
+        earned = -np.take_along_axis(cost, place[:, :, None], 2)[:, :, 0]
+        found[:, left] = np.where(earned > 0, place, -1).T
+    return found
 
 
-def _best_rows(score: _Array) -> tuple[_Array, _Array]:
-    """Give each column in turn the first of its best rows that is free.
+def _best_places(score: _Array) -> tuple[_Array, _Array]:
+    """Give each seeker in turn one of its best places, moving one that came before if need be.
+
+    Sets of places are the bits of numbers: a step is one operation on the numbers of all problems.
 
     Returns:
-        Row of each column ``[B, n]``, -1 for none, and where no column had to go without ``[B]``:
-        the sum of the columns' best scores bounds that of any matching.
+        Place of each seeker ``[s, B]``, -1 for none, and where none had to go without ``[B]``: the
+        sum of the seekers' best scores bounds that of any matching.
     """
-    size, m, n = score.shape
-    by_problem, b = np.ascontiguousarray(score.transpose(2, 1, 0)), np.arange(size)
-    free, solved = np.ones((m, size), bool), np.ones(size, bool)
-    out = np.full((size, n), -1)
-    for j, column in enumerate(by_problem):
-        best = column.max(0)
-        open_rows = (column == best) & free
-        i = open_rows.argmax(0)
-        taken = open_rows[i, b] & (best > 0)
-        out[:, j] = np.where(taken, i, -1)
-        free[i, b] &= ~taken
-        solved &= taken | (best == 0)
-    return out, solved
+    seekers, places, size = score.shape
+    kind = next(kind for kind in (np.int16, np.int32, np.int64) if places < np.iinfo(kind).bits)
+    top = score.max(1)
+    best = np.zeros((seekers, size), kind)
+    for i in range(places):
+        best |= (score[:, i] == top).astype(kind) << i
+    best *= top > 0
+    free: _Array = np.full(size, (1 << places) - 1, kind)
+    own: _Array = np.zeros((seekers, size), kind)
+    for one in range(seekers):
+        choice = best[one] & free
+        own[one] = choice & -choice
+        free &= ~own[one]
+        without = (own[one] == 0) & (best[one] != 0)
+        for other in range(one):
+            choice = best[other] & free
+            moves = without & (best[one] & own[other] != 0) & (choice != 0)
+            choice = (choice & -choice) * moves
+            own[one] |= own[other] * moves
+            own[other] = np.where(moves, choice, own[other])
+            free &= ~choice
+            without &= ~moves
+    solved = ((own != 0) | (best == 0)).all(0)
+    # The exponent of 2^place, as a fraction below one times a power, is place + 1; that of 0 is 0.
+    return np.frexp(own.astype(np.float64))[1].astype(np.int64) - 1, solved
 
 
-def _greedy(score: _Array) -> _Array:
+def _greedy(score: _Array, row: _Array, column: _Array) -> _Array:
     size, m, n = score.shape
-    left, b = score.copy(), np.arange(size)
-    out = np.full((size, m), -1)
+    paired = np.repeat(row, n, 1) & np.tile(column, (1, m))
+    pairs, b = np.where(paired, score.reshape(size, m * n), 0.0), np.arange(size)
+    _check_range(pairs)
+    left = pairs.reshape(size, m, n)
+    out = np.full((size, m + 1), -1)
     for _ in range(min(m, n)):
-        place = left.reshape(size, m * n).argmax(1)
-        i = place // n
-        j = place - i * n
-        taken = left[b, i, j] > 0
+        place = pairs.argmax(1)
+        taken = pairs[b, place] > 0
         if not taken.any():
             break
-        out[b, i] = np.where(taken, j, out[b, i])
+        i = place // n
+        j = place - i * n
+        out[b, np.where(taken, i, m)] = j  # where there is no pair, in the column beyond the last
         left[b, i] = 0
         left[b, :, j] = 0
-    return out
-
-
-def _inverted(other: _Array, size: int) -> _Array:
-    """Partners of one side ``[B, k]`` as partners of the other ``[B, size]``; -1 for none."""
-    out = np.full((len(other), size), -1)
-    b, k = np.nonzero(other >= 0)
-    out[b, other[b, k]] = k
-    return out
+    return out[:, :m]
 
 
 def _masks(score: Tensor, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, Tensor]:
