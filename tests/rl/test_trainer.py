@@ -22,7 +22,7 @@ from normkit.errors import InputError
 from normkit.rl import checkpoint as checkpoints
 from normkit.rl.checkpoint import load_checkpoint, save_checkpoint
 from normkit.rl.critic import CriticConfig
-from normkit.rl.dialogue import micro_batches, pack, turn_table
+from normkit.rl.dialogue import PackedRow, micro_batches, pack, turn_table
 from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
 from normkit.rl.environments.epm import EPMConfig
 from normkit.rl.judge import Failed, JudgeUnavailableError
@@ -124,6 +124,14 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
         assert sorted(i for b in batches for i in b) == list(range(len(rows)))
         for b in batches:
             assert len(b) == 1 or len(b) * max(len(rows[i].token_ids) for i in b) <= budget
+
+
+def test_micro_batches_do_not_separate_the_rows_of_a_unit():
+    rows = [PackedRow(torch.zeros(n), torch.zeros(n), torch.zeros(n)) for n in (5, 9, 2, 7, 3)]
+    unit = [0, 1, 0, 2, 2]
+    assert micro_batches(rows, 1, unit) == [[1], [3, 4], [0, 2]]
+    assert micro_batches(rows, 27, unit) == [[1, 3, 4], [0, 2]]
+    assert micro_batches(rows, 45, unit) == [[1, 3, 4, 0, 2]]
 
 
 @pytest.mark.parametrize("aggregate", ["token", "turn", "sequence"])

@@ -18,6 +18,8 @@ from tests.rl.tiny import tiny_model, tiny_tokenizer
 TIGHT = PolicyLossConfig(ratio="turn", clip_low=0.001, clip_high=0.001, dual_clip=0)
 """Clips much on the second update of a batch."""
 LEVELS = ["turn", "token"]
+CONTEXT = 250
+"""Tokens that the tiny world's dialogues outgrow."""
 
 
 def gradients(trainer):
@@ -80,6 +82,20 @@ def test_accumulation_changes_nothing(level):
     assert whole["bias_norm"] > 1e-3
     for name in ("loss", "value_loss", "bias_norm", "grad_norm", "ratio_max", "clip_fraction"):
         assert whole[name] == pytest.approx(split[name], rel=1e-3, abs=1e-6), name
+
+
+def test_a_ratio_of_dialogues_is_exact_where_they_outgrew_their_context():
+    loss = PolicyLossConfig(ratio="sequence", clip_low=0.001, clip_high=0.001, dual_clip=0)
+    setup = {"epochs": 2, "correction": "measure", "loss": loss}
+    numbers = []
+    for budget in (100_000, 1):
+        trainer = make(**setup, micro_batch_tokens=budget)
+        trainer.rollout.max_context = CONTEXT
+        dialogues = sampled(trainer)
+        assert max(len(d.segments) for d in dialogues) > 1
+        numbers.append(trainer.update(dialogues))
+    for name in ("loss", "bias_norm", "grad_norm", "ratio", "clip_fraction"):
+        assert numbers[0][name] == pytest.approx(numbers[1][name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -166,25 +166,32 @@ def pack(dialogues: Sequence[Dialogue]) -> list[PackedRow]:
     return packed
 
 
-def micro_batches(rows: Sequence[PackedRow], max_tokens: int) -> list[list[int]]:
+def micro_batches(
+    rows: Sequence[PackedRow], max_tokens: int, unit: Sequence[int] | None = None
+) -> list[list[int]]:
     """Split rows into batches of similar length whose padded size is at most ``max_tokens``.
 
     Args:
         rows: packed rows.
-        max_tokens: largest ``rows x longest row`` of a batch; a longer single row is a batch of
+        max_tokens: largest ``rows x longest row`` of a batch; a longer single unit is a batch of
             its own.
+        unit: number of each row's unit, such as its dialogue; rows of the same unit are not
+            separated. Each row by itself if None.
 
     Returns:
         Lists of row indices, each index once.
     """
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].token_ids), i), reverse=True)
+    members: dict[int, list[int]] = {}
+    for i in range(len(rows)):
+        members.setdefault(i if unit is None else unit[i], []).append(i)
+    length = {key: max(len(rows[i].token_ids) for i in own) for key, own in members.items()}
     batches: list[list[int]] = []
     longest = 0
-    for i in order:
-        if not batches or (len(batches[-1]) + 1) * longest > max_tokens:
+    for key in sorted(members, key=lambda key: (length[key], key), reverse=True):
+        if not batches or (len(batches[-1]) + len(members[key])) * longest > max_tokens:
             batches.append([])
-            longest = len(rows[i].token_ids)
-        batches[-1].append(i)
+            longest = length[key]
+        batches[-1] += members[key]
     return batches
 
 

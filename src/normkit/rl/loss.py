@@ -142,8 +142,9 @@ def policy_loss(
         logprob: log-probabilities under the policy being trained ``[M]``.
         old_logprob: under the policy that sampled ``[M]``.
         advantage: advantage of each token ``[M]``.
-        turn: turn of each token ``[M]``; all tokens of a turn must be in the call.
-        dialogue: dialogue of each token ``[M]``.
+        turn: turn of each token ``[M]``.
+        dialogue: dialogue of each token ``[M]``. All tokens of what shares a ratio must be in the
+            call.
         weight: weight of each token in the sum ``[M]``: :func:`aggregation_weights` over the number
             of units of the whole batch.
         config: the options.

@@ -42,6 +42,7 @@ class _Batch(NamedTuple):
 
     Attributes:
         rows: the packed rows.
+        owner: dialogue of each row.
         tokens: their sampled tokens.
         columns: by name, a number for each sampled token ``[M]``: its "dialogue", whether its turn
             was judged ("known"), its "advantage"; its log-probability before the first update
@@ -50,6 +51,7 @@ class _Batch(NamedTuple):
     """
 
     rows: Sequence[PackedRow]
+    owner: Sequence[int]
     tokens: SampledTokens
     columns: Mapping[str, Tensor]
 
@@ -135,8 +137,7 @@ class PolicyUpdate:
             Means over the batch's updates (of what ends in "_max", the largest), and as "updates"
             the numbers of each, with its "staleness": the updates since the batch was sampled.
         """
-        batch = self._credited(pack(dialogues), turn_table(dialogues))
-        owner = [i for i, d in enumerate(dialogues) for _ in d.segments]
+        batch = self._credited(dialogues)
         updates: list[dict[str, float]] = []
         staleness = 0.0
         for epoch in range(self.config.epochs):
@@ -145,7 +146,7 @@ class PolicyUpdate:
             )
             for part in np.array_split(order, self.config.mini_batches):
                 members = set(part.tolist())
-                chosen = [i for i in batch.tokens.rows if owner[i] in members]
+                chosen = [i for i in batch.tokens.rows if batch.owner[i] in members]
                 numbers = self._optimize(batch, chosen, self.share(step, len(updates)))
                 updates.append({"staleness": staleness, **numbers})
                 staleness += 1 - numbers["skipped_updates"]
@@ -170,8 +171,10 @@ class PolicyUpdate:
 
     # ------------------------------------------------------------------ before the first update
 
-    def _credited(self, rows: Sequence[PackedRow], table: TurnTable) -> _Batch:
+    def _credited(self, dialogues: Sequence[Dialogue]) -> _Batch:
         """Credit the tokens of a batch, with the policy and the critic as they are."""
+        rows, table = pack(dialogues), turn_table(dialogues)
+        owner = [i for i, d in enumerate(dialogues) for _ in d.segments]
         tokens = SampledTokens(rows)
         columns = {"dialogue": table.dialogue[tokens.turn], "known": table.mask[tokens.turn]}
         columns.update(self._before(rows, tokens))
@@ -181,7 +184,7 @@ class PolicyUpdate:
             credit = self._critic_credit(table, tokens, columns["value"])
             columns["advantage"] = credit.advantage.float()
             columns.update(target=credit.target.float(), valued=credit.valued)
-        return _Batch(rows, tokens, columns)
+        return _Batch(rows, owner, tokens, columns)
 
     def _critic_credit(self, table: TurnTable, tokens: SampledTokens, value: Tensor) -> Credit:
         options = self.config.estimator_options
@@ -250,7 +253,9 @@ class PolicyUpdate:
     def _accumulate(self, batch: _Batch, chosen: Sequence[int]) -> dict[str, float]:
         """Gather the gradients of the rows that were chosen, and their numbers."""
         columns = {**batch.columns, **self._weights(batch, chosen)}
-        pieces = self._micro_batches(batch.rows, chosen)
+        # A ratio of whole dialogues needs all their tokens at once.
+        whole = [batch.owner[i] for i in chosen] if self.loss.ratio == "sequence" else None
+        pieces = self._micro_batches(batch.rows, chosen, whole)
         totals: dict[str, float] = {}
         # Every process must take part in the same number of passes: the wrapper waits for all.
         passes = int(self.engine.reduce(torch.tensor(float(len(pieces))), "max"))
@@ -374,10 +379,12 @@ class PolicyUpdate:
         nothing = {name: x.new_zeros(1, device=device) for name, x in columns.items()}
         return self._collate([row], [0]), nothing
 
-    def _micro_batches(self, rows: Sequence[PackedRow], chosen: Sequence[int]) -> list[list[int]]:
-        """Split some rows into micro-batches."""
+    def _micro_batches(
+        self, rows: Sequence[PackedRow], chosen: Sequence[int], unit: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Split some rows into micro-batches; those of the same unit stay together."""
         budget = self.config.micro_batch_tokens
-        places = micro_batches([rows[i] for i in chosen], budget)
+        places = micro_batches([rows[i] for i in chosen], budget, unit)
         return [[chosen[k] for k in piece] for piece in places]
 
     def _collate(self, rows: Sequence[PackedRow], members: Sequence[int]) -> TokenBatch:
