@@ -13,7 +13,11 @@ advantages from lists per group and turn.
 Matching alone is timed on scores of six to twelve calls for three to six references with frequent
 ties; the path from calls, and from replies, to rewards on the tasks of the tool world. There a call
 is the reference's (two of five), another task's, or has a wrong argument; a reply has 128 tokens.
-The bar is ten times the speed of the loop.
+
+The bar is ten times the speed of the loop, for what the authors' code does: greedy matching,
+transport, advantages, rewards of tokens from replies. Without a bar: the best matching, which it
+does not look for, beside its greedy loop and beside SciPy problem by problem; and the part of the
+path that begins with calls already read, where most of our time goes into touching them.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import numpy as np
 import torch
 from _memory import keep_freed_memory
 from _timing import compare, print_table
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from normkit.functional.matching import METHODS, match
@@ -67,6 +72,16 @@ def greedy_loop(matrices: list[list[list[float]]]) -> list[list[float]]:
                 rows.add(i)
                 columns.add(j)
                 paid[i] = s
+        out.append(paid)
+    return out
+
+
+def optimal_loop(matrices: list[np.ndarray]) -> list[list[float]]:
+    out = []
+    for score in matrices:
+        paid = [0.0] * len(score)
+        for i, j in zip(*linear_sum_assignment(score, maximize=True), strict=True):
+            paid[i] = float(score[i, j])
         out.append(paid)
     return out
 
@@ -252,16 +267,17 @@ def race(
     loop: Callable[[], object],
     title: str,
     plan: Plan,
+    bar: bool = True,
 ) -> None:
-    """Time ours beside the loop, and say whether it reaches the bar."""
+    """Time ours beside the loop, and say whether it reaches the bar, where there is one."""
     rows = compare({what: ours, "loop": loop}, plan.repeats, warmup=1, clock=plan.clock)
     print_table(rows, title)
     ratio = rows[1].ratio
-    reached = "PASS" if ratio.median >= BAR else "MISS"
-    print(
-        f"{reached}: {what} {ratio.median:.1f} times the speed of the loop "
-        f"({ratio.low:.1f} .. {ratio.high:.1f}); the bar is {BAR}\n"
-    )
+    faster = f"{ratio.median:.1f} times the speed of the loop ({ratio.low:.1f} .. {ratio.high:.1f})"
+    if bar:
+        print(f"{'PASS' if ratio.median >= BAR else 'MISS'}: {what} {faster}; the bar is {BAR}\n")
+    else:
+        print(f"{what} {faster}\n")
 
 
 def compare_matchings(plan: Plan) -> None:
@@ -278,13 +294,21 @@ def compare_matchings(plan: Plan) -> None:
     soft = match(score, "ot", **masks).reward[rows]
     # Plain scaling stops at 1,000 turns where scores tie.
     check(soft, np.concatenate(transport_loop(arrays)), "transport", 1e-2)
-    for method in METHODS:
+    check(best[:, None], [[sum(paid)] for paid in optimal_loop(arrays)], "best sums")
+    races = (
+        ("greedy", "greedy", lambda: greedy_loop(lists)),
+        ("ot", "ot", lambda: transport_loop(arrays)),
+        ("hungarian", "hungarian beside greedy", lambda: greedy_loop(lists)),
+        ("hungarian", "hungarian beside SciPy", lambda: optimal_loop(arrays)),
+    )
+    for method, what, loop in races:
         race(
-            method,
+            what,
             lambda method=method: match(score, method, **masks),
-            (lambda: transport_loop(arrays)) if method == "ot" else (lambda: greedy_loop(lists)),
+            loop,
             f"{size} matrices of scores",
             plan,
+            bar=method != "hungarian",
         )
 
 
@@ -335,6 +359,7 @@ def compare_paths(plan: Plan) -> None:
             lambda soft=soft: calls_loop(written, soft),
             f"{size} traces of the tool world",
             plan,
+            bar=False,
         )
         race(
             f"replies to rewards of tokens, {method}",

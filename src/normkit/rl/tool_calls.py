@@ -31,7 +31,7 @@ MAX_DEPTH = 50
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AnyOf:
     """A value of a reference call that may be one of several.
 
@@ -44,7 +44,7 @@ class AnyOf:
     optional: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call of a tool, by a model or in a reference.
 
@@ -61,7 +61,7 @@ class ToolCall:
         return {"name": self.name, "arguments": dict(self.arguments)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Parsed:
     """What a model's message held.
 
@@ -135,7 +135,7 @@ def read_bfcl(ground_truth: Any) -> list[ToolCall]:
     return calls
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reference:
     """What a data set says about a task.
 
