@@ -14,7 +14,7 @@ from normkit.errors import InputError
 from normkit.rl.advantage import ESTIMATORS, estimate, to_tokens
 from normkit.rl.dialogue import pack, turn_table
 from normkit.rl.rollout import RolloutConfig
-from tests.rl.talk import ScriptedWorld, check_dialogue
+from tests.rl.talk import LateWorld, ScriptedWorld, check_dialogue
 from tests.rl.test_rollout import Relay
 from tests.rl.test_trainer import PlainJudge, make
 from tests.rl.tiny import tiny_model, tiny_tokenizer
@@ -272,6 +272,17 @@ def test_rollouts_are_what_the_model_says(tmp_path, through_trl):
         assert prompt + completion == dialogue.segments[0].token_ids
         said = [t for t, m in zip(completion, mask, strict=True) if m]
         assert said == [t for turn in dialogue.turns for t in turn.token_ids]
+
+
+@pytest.mark.parametrize("through_trl", [False, True])
+def test_a_world_may_pay_earlier_turns_anew(tmp_path, through_trl):
+    world = LateWorld(turns=lambda seed: 1 + seed % 3)
+    world.tasks = lambda split: ["a", "b"]
+    trainer = theirs(tmp_path, world=world)
+    trainer.rollout_func.through_trl = through_trl
+    paid = trainer.rollout_func(["a"] * 6, trainer)["turn_rewards"]
+    assert paid == [[10.0 * len(row) + k for k in range(len(row))] for row in paid]
+    assert max(map(len, paid)) > 1
 
 
 def test_generation_keeps_its_cache_whatever_wraps_the_model(tmp_path, caplog):

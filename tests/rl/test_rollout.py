@@ -16,7 +16,7 @@ from normkit.rl.dialogue import Dialogue, pack, turn_table
 from normkit.rl.environment import Reply, Step
 from normkit.rl.inference import RaggedDecoder, ReencodingDecoder
 from normkit.rl.rollout import Rollout, RolloutConfig, turn_uniforms
-from tests.rl.talk import ScriptedWorld, check_dialogue, plain_logprobs, said, tasks
+from tests.rl.talk import LateWorld, ScriptedWorld, check_dialogue, plain_logprobs, said, tasks
 from tests.rl.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -390,6 +390,13 @@ def test_progress_counts_turns_up_to_all_of_them(model):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (6, 6)
     assert all(done <= most <= 12 for done, most in seen)
+
+
+def test_a_world_may_pay_earlier_turns_anew(model):
+    rollout = Rollout(model, TOKENIZER, RolloutConfig(max_new_tokens=4, dtype="float32"))
+    dialogues = rollout.run(LateWorld(4, turns=lambda seed: 1 + seed % 3), tasks(3))
+    paid = [[turn.reward for turn in dialogue.turns] for dialogue in dialogues]
+    assert paid == [[10], [20, 21], [30, 31, 32]]
 
 
 def test_another_config_replies_from_the_same_copy(model):

@@ -26,7 +26,7 @@ from torch import Tensor
 from normkit.errors import InputError, MissingDependencyError
 from normkit.rl.advantage import estimate, get_estimator, to_tokens
 from normkit.rl.chat_format import ChatFormat
-from normkit.rl.dialogue import Dialogue, PackedRow, Segment, Turn, finite_mean, pack
+from normkit.rl.dialogue import Dialogue, PackedRow, Segment, Turn, finite_mean, pack, settle
 from normkit.rl.environment import Environment, Reply, SeatedEnvironment, Split
 from normkit.rl.rollout import Rollout, RolloutConfig
 from normkit.rl.token_grid import turns_of_mask
@@ -423,6 +423,7 @@ def _play_rounds(
         alive = [i for i in alive if not dialogues[i].end_reason]
     for dialogue, session in zip(dialogues, sessions, strict=True):
         dialogue.scores = environment.score(session)
+        settle(dialogue)
     return dialogues
 
 

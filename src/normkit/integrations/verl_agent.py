@@ -115,6 +115,8 @@ class WorldAgentLoop(AgentLoopBase):  # type: ignore[misc]
             response += following
             mask += [0] * len(following)
             logprobs += [0.0] * len(following)
+        if rewards:  # what a world pays earlier turns may change up to the last
+            rewards = list(step.info.get("turn_rewards", rewards))
         score = self.environment.score(session)["score"]
         return TurnOutput(
             prompt_ids=prompt,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from normkit.recipes._language import Study, conduct, open_run, play_heldout, progress
-from normkit.rl.dialogue import Dialogue
-from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig, settle
+from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
 from normkit.rl.tool_rewards import MatchOptions
 from normkit.rl.trainer import Trainer, TrainerConfig
 
@@ -19,16 +18,6 @@ if TYPE_CHECKING:
     from normkit.recipes.matchtir import Config
 
 METRICS = ("score", "answer", "calls", "repeated", "wrong", "unreadable")
-
-
-class ToolTrainer(Trainer):
-    """The trainer, paying turns by the matching of all calls of their finished dialogue."""
-
-    def update(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-        """Settle the dialogues' rewards, then credit and train them."""
-        for dialogue in dialogues:
-            settle(dialogue)
-        return super().update(dialogues)
 
 
 def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
@@ -47,7 +36,7 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     )
     with console.status(f"loading {config.model}"):
         model, tokenizer = load_policy(config.model)
-    trainer = ToolTrainer(
+    trainer = Trainer(
         model,
         tokenizer,
         world,

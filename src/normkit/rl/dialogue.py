@@ -99,6 +99,19 @@ class Dialogue:
         return cls(**fields)
 
 
+def settle(dialogue: Dialogue) -> None:
+    """Give the turns of a finished dialogue their final rewards.
+
+    A world whose later turns change what earlier ones are paid reports the rewards of all turns so
+    far as ``info["turn_rewards"]``; the last report holds. A turn that it knows nothing of keeps
+    its reward, and so do all where a world reports none.
+    """
+    if dialogue.turns:
+        final = dialogue.turns[-1].info.get("turn_rewards", ())
+        for turn, reward in zip(dialogue.turns, final, strict=False):
+            turn.reward = reward
+
+
 @dataclass(frozen=True)
 class TurnTable:
     """All turns of a batch of dialogues as flat rows, dialogue by dialogue: what estimators take.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from normkit.errors import InputError, NormkitError
 from normkit.rl.chat_format import ChatFormat
-from normkit.rl.dialogue import Dialogue, Segment, Turn
+from normkit.rl.dialogue import Dialogue, Segment, Turn, settle
 from normkit.rl.environment import Environment, Reply, S, SeatedEnvironment, Step
 from normkit.rl.inference import Decoder, InferenceCopy, make_decoder, unwrap
 from normkit.rl.models import DtypeName, resolve_dtype
@@ -289,6 +289,7 @@ class Rollout:
         finished = [live for live in lives if not live.waiting and live.dialogue.end_reason]
         for live in finished:
             live.dialogue.scores = environment.score(live.session)
+            settle(live.dialogue)
         self._release(finished)
         over = {live.slot for live in finished}
         return [live for live in lives if live.slot not in over]

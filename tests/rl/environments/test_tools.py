@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normkit.errors import InputError
-from normkit.rl.dialogue import Dialogue, Turn
+from normkit.rl.dialogue import Dialogue, Turn, settle
 from normkit.rl.environment import Reply
 from normkit.rl.environments import toolbox
 from normkit.rl.environments.tool_tasks import TEMPLATES, make_tasks
 from normkit.rl.environments.toolbox import MAX_RESULT, Toolbox, load_land
-from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig, settle
+from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
 from normkit.rl.tool_calls import ToolCall
 from normkit.rl.tool_rewards import MatchOptions
 

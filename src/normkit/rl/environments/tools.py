@@ -7,7 +7,7 @@ turn that answers the F1 of its words.
 
 Calls are matched over the whole dialogue, so that an earlier turn's reward may change when a later
 call fits better. A step reports what its turn has earned so far; ``info["turn_rewards"]`` holds all
-turns so far, and :func:`settle` gives a finished dialogue its final ones.
+turns so far, which :func:`normkit.rl.dialogue.settle` gives a finished dialogue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from normkit.errors import InputError
-from normkit.rl.dialogue import Dialogue
 from normkit.rl.environment import Reply, Split, Step, check_paired
 from normkit.rl.environments.tool_tasks import Task, make_tasks
 from normkit.rl.environments.toolbox import Result, Toolbox
@@ -217,14 +216,3 @@ class ToolWorld:
         texts = [result.text for result in results]
         texts += [f"error: {reason}" for reason in parsed.failures[: self.config.max_calls]]
         return "\n".join(f"<tool_response>{text}</tool_response>" for text in texts)
-
-
-def settle(dialogue: Dialogue) -> None:
-    """Give the turns of a finished dialogue the rewards of the matching of all its calls.
-
-    A turn that the world reported nothing of (the dialogue outgrew its context) keeps its reward.
-    """
-    if dialogue.turns:
-        final = dialogue.turns[-1].info.get("turn_rewards", [])
-        for turn, reward in zip(dialogue.turns, final, strict=False):
-            turn.reward = reward
