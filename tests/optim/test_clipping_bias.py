@@ -126,6 +126,15 @@ def test_parameters_outside_the_graph_and_without_gradients_count_as_zero():
     assert unused.grad is None
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_update_without_gradients_has_nothing_to_correct(mode):
+    weight = nn.Parameter(torch.zeros(1))
+    correction = ClippingBias([weight], mode)
+    correction.collect(3 * weight.sum())
+    assert [float(n) for n in correction.correct()] == [0, 3, 0]
+    assert weight.grad is None
+
+
 def trained(make, factors, weight=0.0, power=False):
     """Weights after updates whose gradients were divided by ``factors``."""
     module = layer(1.0)

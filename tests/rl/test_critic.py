@@ -90,6 +90,7 @@ def test_where_all_returns_are_equal_nothing_is_explained(size):
         ({"weight": -1.0}, "weight must be at least 0"),
         ({"clip": -1.0}, "clip must be at least 0"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0"),
     ],
 )
 def test_bad_options_are_named(options, words):

@@ -24,6 +24,7 @@ TURN = torch.tensor([0, 0, 0, 1, 1])
 DIALOGUE = torch.tensor([0, 0, 0, 0, 0])
 LOG_RATIO = torch.tensor([0.1, -0.2, 0.3, 0.05, 0.0], dtype=torch.float64)
 ADVANTAGE = torch.ones(5, dtype=torch.float64)
+NAN = float("nan")
 WEIGHT = torch.full((5,), 0.2, dtype=torch.float64)
 
 
@@ -342,8 +343,13 @@ def test_the_gradient_of_k2_is_that_of_the_divergence():
         {"ratio": "word"},
         {"aggregate": "word"},
         {"clip_low": 1.0},
+        {"clip_high": NAN},
         {"dual_clip": 0.5},
+        {"dual_clip": NAN},
         {"sampling_cap": -1.0},
+        {"kl_weight": -0.1},
+        {"kl_weight": NAN},
+        {"entropy_weight": NAN},
         {"kl": "k4"},
     ],
 )

@@ -165,7 +165,7 @@ class ClippingBias:
         sums, self._sums = self._averaged(), None
         size, bias = get_total_norm(gradients), get_total_norm(sums or [])
         factor = correction_factor(size, bias, self.mode, self.c0, self.delta)
-        if sums is not None or self.mode == "paper":
+        if gradients and (sums is not None or self.mode == "paper"):
             torch._foreach_mul_(gradients, factor)
         return BiasNorms(size, bias, size * factor)
 

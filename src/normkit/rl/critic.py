@@ -43,7 +43,7 @@ class CriticConfig:
         if self.level not in ("turn", "token"):
             raise InputError(f"level must be turn or token, got {self.level!r}")
         for name in ("weight", "clip", "learning_rate"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 

@@ -16,6 +16,7 @@ Shapes: M sampled tokens; each belongs to a turn (row of the turn table) and to 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -64,12 +65,16 @@ class PolicyLossConfig:
         _check_level("aggregate", self.aggregate)
         if self.kl not in ("k1", "k2", "k3"):
             raise InputError(f"kl must be k1, k2 or k3, got {self.kl!r}")
-        if not 0 <= self.clip_low < 1 or self.clip_high < 0:
+        # NaN fails every comparison, and so must fail here.
+        if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
             raise InputError("clip_low must be in [0, 1) and clip_high at least 0")
-        if self.dual_clip != 0 and self.dual_clip <= 1:
+        if not (self.dual_clip == 0 or self.dual_clip > 1):
             raise InputError(f"dual_clip must be 0 or above 1, got {self.dual_clip}")
-        if self.sampling_cap < 0:
-            raise InputError(f"sampling_cap must be at least 0, got {self.sampling_cap}")
+        for name in ("sampling_cap", "kl_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not math.isfinite(self.entropy_weight):
+            raise InputError(f"entropy_weight must be finite, got {self.entropy_weight}")
 
 
 def kl_estimate(logprob: Tensor, reference: Tensor, kind: KL = "k3") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -68,12 +69,20 @@ class TrainerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "groups", "group_size", "mini_batches", "epochs"):
+        counts = ("steps", "groups", "group_size", "mini_batches", "epochs", "micro_batch_tokens")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("checkpoint_every", "evaluate_every", "warmup_steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.max_grad_norm > 0:
+            raise InputError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.schedule not in ("constant", "cosine"):
+            raise InputError(f"schedule must be constant or cosine, got {self.schedule!r}")
         if self.correction not in (None, *get_args(Mode)):
             modes = ", ".join(get_args(Mode))
             raise InputError(f"correction must be None or one of {modes}; got {self.correction!r}")
