@@ -5,8 +5,10 @@ reader         reads
 =============  ===================================================================================
 `read_openai`  ``tool_calls`` of an assistant message; arguments as a JSON string or an object
 `read_qwen`    text with ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``
-`read_bfcl`    reference calls ``{name: {parameter: [accepted, ...]}}``, ``""`` for optional
-`read_ftrl`    a line of MatchTIR's training data: ``ground_truth``, ``answer``, ``unsolved_set``
+`read_python`  text like ``[weather(city="Paris"), now()]``, which BFCL asks for in its prompts
+`read_bfcl`    reference calls ``{name: {parameter: [accepted, ...]}}``, ``""`` for optional, or
+               calls in Python's form
+`read_ftrl`    a line of MatchTIR's data: ``ground_truth``, ``answer``, ``unsolved_set``
 =============  ===================================================================================
 
 What a model wrote is untrusted: a call that cannot be read is counted with its reason, never
@@ -16,7 +18,9 @@ right: a wrong one raises :class:`~normkit.errors.InputError`.
 
 from __future__ import annotations
 
+import ast
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +91,9 @@ def read_openai(tool_calls: Any) -> Parsed:
         return Parsed([], ["tool_calls is not a list"])
 
     def read(entry: Any) -> ToolCall:
-        return _call(entry.get("function", entry) if isinstance(entry, Mapping) else entry)
+        call = _call(entry.get("function", entry) if isinstance(entry, Mapping) else entry)
+        _check_depth(call.arguments)
+        return call
 
     return _parse(tool_calls, read)
 
@@ -108,30 +114,48 @@ def read_qwen(text: str) -> Parsed:
     return _parse(text.split(_OPEN)[1:], read)
 
 
-def read_bfcl(ground_truth: Any) -> list[ToolCall]:
+def read_python(text: str, signatures: Mapping[str, Sequence[str]] | None = None) -> Parsed:
+    """Read calls that are written as Python writes them; nothing is run, values are literals.
+
+    Args:
+        text: a call, or a list of calls; text that is not is one failure.
+        signatures: names of each tool's parameters in their order, for arguments without a name.
+    """
+    try:
+        entries = _python_entries(text)
+    except InputError as error:
+        return Parsed([], [str(error)])
+    return _parse(entries, lambda entry: _python_call(entry, signatures or {}))
+
+
+def read_bfcl(
+    ground_truth: Any, signatures: Mapping[str, Sequence[str]] | None = None
+) -> list[ToolCall]:
     """Read reference calls in the form of the Berkeley Function Calling Leaderboard.
 
     Args:
         ground_truth: list of ``{name: {parameter: [accepted, ...]}}``. ``""`` among the accepted
-            values means that the parameter may be left out. An accepted object has lists of
-            accepted values in its turn.
+            values means that the parameter may be left out; where nothing is accepted, nothing is
+            right. An accepted object has lists of accepted values in its turn, or plain values. A
+            call may also be Python in a string; the calls of several turns become one list.
+        signatures: as in :func:`read_python`.
 
     Raises:
         InputError: names the call and the parameter.
     """
     if not isinstance(ground_truth, Sequence) or isinstance(ground_truth, str):
         raise InputError("ground_truth must be a list of calls")
+    entries = [e for turn in ground_truth for e in (turn if isinstance(turn, list) else [turn])]
     calls = []
-    for number, entry in enumerate(ground_truth):
-        if not isinstance(entry, Mapping) or len(entry) != 1:
-            raise InputError(f"ground_truth[{number}] must be an object with one name")
-        ((name, parameters),) = entry.items()
-        if not isinstance(parameters, Mapping):
-            raise InputError(f"ground_truth[{number}] must map {name} to its parameters")
-        where = f"ground_truth[{number}]: {name}"
-        calls.append(
-            ToolCall(name, {k: _accepted(v, f"{where}.{k}") for k, v in parameters.items()})
-        )
+    for number, entry in enumerate(entries):
+        where = f"ground_truth[{number}]"
+        if isinstance(entry, str):
+            parsed = read_python(entry, signatures)
+            if parsed.failures:
+                raise InputError(f"{where}: {parsed.failures[0]}")
+            calls += parsed.calls
+        else:
+            calls.append(_accepting_call(entry, where))
     return calls
 
 
@@ -151,24 +175,26 @@ class Reference:
 
 
 def read_ftrl(record: Mapping[str, Any]) -> Reference:
-    """Read a line of MatchTIR's training data (FTRL, arXiv 2508.08791).
+    """Read a line of MatchTIR's data (FTRL, arXiv 2508.08791).
 
     Args:
         record: ``ground_truth``, a list of ``{"name", "parameters"}`` or the same as a JSON string;
             ``answer`` and ``unsolved_set`` (``{tool: [result, ...]}`` or a JSON string), where
-            given. Its ``codes``, the tools as Python, are not looked at and never run.
+            given. A line to test on has an ``unsolved_set`` and no ``ground_truth``. Its ``codes``,
+            the tools as Python, are not looked at and never run.
 
     Raises:
         InputError: names the field.
     """
     calls = []
-    for number, entry in enumerate(_data(record, "ground_truth", list)):
+    results = _data(record, "unsolved_set", dict) if record.get("unsolved_set") else {}
+    tested = results and record.get("ground_truth") is None
+    for number, entry in enumerate([] if tested else _data(record, "ground_truth", list)):
         name = entry.get("name") if isinstance(entry, Mapping) else None
         parameters = entry.get("parameters") if isinstance(entry, Mapping) else None
         if not isinstance(name, str) or not isinstance(parameters, Mapping):
             raise InputError(f"ground_truth[{number}] must have a name and parameters")
         calls.append(ToolCall(name, dict(parameters)))
-    results = _data(record, "unsolved_set", dict) if record.get("unsolved_set") else {}
     answer = record.get("answer")
     return Reference(calls, "" if answer is None else str(answer), results)
 
@@ -205,10 +231,16 @@ def _json(text: str) -> Any:
         raise InputError(f"the call is longer than {MAX_CHARACTERS} characters")
     try:
         value = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair is no character: no file could hold it
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InputError(f"the call is not JSON ({str(error)[:80]})") from None
-    if text.count("{") + text.count("[") <= MAX_DEPTH:
-        return value
+    if text.count("{") + text.count("[") > MAX_DEPTH:
+        _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -218,24 +250,77 @@ def _json(text: str) -> Any:
             for item in (one.values() if isinstance(one, dict) else one)
         ]
         if not level:
-            return value
+            return
     raise InputError(f"the call is nested more than {MAX_DEPTH} deep")
 
 
-def _accepted(values: Any, where: str) -> AnyOf:
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise InputError(f"{where} must be a list of accepted values")
-    kept = tuple(_nested(value, where) for value in values if not _is_blank(value))
+def _python_entries(text: str) -> list[ast.expr]:
+    """The expressions of a list, or the one that there is."""
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"the calls are longer than {MAX_CHARACTERS} characters")
+    try:
+        with warnings.catch_warnings():  # of what looks odd in a model's code
+            warnings.simplefilter("ignore")
+            body = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise InputError("the calls are not Python") from None
+    return body.elts if isinstance(body, (ast.List, ast.Tuple)) else [body]
+
+
+def _python_call(entry: Any, signatures: Mapping[str, Sequence[str]]) -> ToolCall:
+    if not isinstance(entry, ast.Call):
+        raise InputError("the call is not one of Python")
+    parts, function = [], entry.func
+    while isinstance(function, ast.Attribute):
+        parts.append(function.attr)
+        function = function.value
+    if not isinstance(function, ast.Name):
+        raise InputError("the call has no name")
+    name = ".".join([function.id, *reversed(parts)])
+    names = signatures.get(name, ())
+    if len(entry.args) > len(names):
+        raise InputError(f"{name} has arguments without a name")
+    given = [*zip(names, entry.args, strict=False), *((k.arg, k.value) for k in entry.keywords)]
+    arguments = {key: _literal(value) for key, value in given if key is not None}
+    if len(arguments) < len(given):
+        raise InputError(f"{name} has arguments of the same name, or of none")
+    return ToolCall(name, arguments)
+
+
+def _literal(value: ast.expr) -> Any:
+    """A literal of Python as JSON has it."""
+    try:
+        text = json.dumps(ast.literal_eval(value))
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        raise InputError("an argument is not a literal that JSON has") from None
+    return _json(text)
+
+
+def _accepting_call(entry: Any, where: str) -> ToolCall:
+    """A call whose parameters have lists of accepted values."""
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise InputError(f"{where} must be an object with one name")
+    ((name, parameters),) = entry.items()
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"{where} must map {name} to its parameters")
+    for key, values in parameters.items():
+        if not isinstance(values, list):
+            raise InputError(f"{where}: {name}.{key} must be a list of accepted values")
+    return ToolCall(name, {key: _accepted(values) for key, values in parameters.items()})
+
+
+def _accepted(values: list[Any]) -> AnyOf:
+    kept = tuple(_nested(value) for value in values if not _is_blank(value))
     # A list of nothing but "" accepts the empty text and nothing at all alike.
-    return AnyOf(kept or ("",), len(kept) < len(values))
+    return AnyOf(kept or tuple(values[:1]), len(kept) < len(values))
 
 
-def _nested(value: Any, where: str) -> Any:
-    """Objects within accepted values have lists of accepted values themselves."""
+def _nested(value: Any) -> Any:
+    """Objects within accepted values have lists of accepted values themselves, or plain values."""
     if isinstance(value, Mapping):
-        return {k: _accepted(v, f"{where}.{k}") for k, v in value.items()}
+        return {k: _accepted(v) if isinstance(v, list) else _nested(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_nested(item, where) for item in value]
+        return [_nested(item) for item in value]
     return value
 
 
