@@ -63,6 +63,19 @@ def test_the_equilibria_of_kuhn_poker(alpha):
     assert expected_returns([policy] * 2, "kuhn_poker") == pytest.approx([-1 / 18, 1 / 18])
 
 
+def test_a_policy_may_leave_out_what_it_never_does():
+    def bold(state, seat):
+        return {1: 1.0}
+
+    whole = exploitability(lambda s, p: {0: 0.0, 1: 1.0}, "kuhn_poker")
+    assert exploitability(bold, "kuhn_poker") == whole
+    # Both always put in two chips: the dealt cards decide, evenly.
+    assert expected_returns([bold, bold], "kuhn_poker") == pytest.approx([0, 0], abs=1e-12)
+    # The best response folds a jack for 1 and calls or bets a king for 2; a queen is even:
+    # each seat gains (-1 + 0 + 2) / 3.
+    assert whole == pytest.approx(1 / 3)
+
+
 def test_cfr_comes_close_to_an_equilibrium():
     # Card of MARS: 500 iterations of CFR give value -.055688 and exploitability .00117.
     policy = cfr("kuhn_poker", 500, plus=False)
@@ -100,8 +113,9 @@ def test_counts_of_states():
                 stack += [state.child(a) for a in state.legal_actions()]
     assert len(seen) == 5478
     # The solver keeps what is not over: 958 positions are.
-    assert {text for text, _ in solver._values} < seen
-    assert len(solver._values) == 5478 - 958
+    (known,) = solver._games.values()
+    assert {text for text, _ in known} < seen
+    assert len(known) == 5478 - 958
 
 
 def test_minimax_never_loses_and_wins_where_it_can():
@@ -115,6 +129,20 @@ def test_minimax_never_loses_and_wins_where_it_can():
         state.apply_action(action)
     # x takes the top row, or threatens it and the left column at once.
     assert best(state, 0) == dict.fromkeys((2, 3, 6), pytest.approx(1 / 3))
+
+
+def test_minimax_keeps_games_apart_that_look_alike():
+    moves, found = (0, 4, 1, 8), []
+    for order in (("tic_tac_toe", "misere(game=tic_tac_toe())"), ("misere(game=tic_tac_toe())",)):
+        solver = Minimax()
+        for game in order:
+            state = load_game(game).new_initial_state()
+            for action in moves:
+                state.apply_action(action)
+            found.append(solver(state, 0))
+    assert found[1] == found[2]
+    # Three moves win; where three in a row lose, all five do, and are the same.
+    assert [sorted(row) for row in found] == [[2, 3, 6], *[[2, 3, 5, 6, 7]] * 2]
 
 
 def test_tree_search_is_a_function_of_seed_and_moves():
@@ -152,6 +180,37 @@ def test_consecutive_seeds_meet_every_deal():
     assert len(deals) == 30
     hands = {tuple(opening("mini_hanabi", seed)[0].history()) for seed in range(40)}
     assert len(hands) > 30
+
+
+def test_deals_that_are_not_equally_likely_are_drawn(monkeypatch):
+    class Deal:
+        """One card of two; after the first of them one more of two."""
+
+        def __init__(self, cards=()):
+            self.cards = cards
+
+        def is_chance_node(self):
+            return self.cards in ((), (0,))
+
+        def chance_outcomes(self):
+            return [(0, 0.5), (1, 0.5)]
+
+        def child(self, action):
+            return Deal((*self.cards, action))
+
+        def history(self):
+            return list(self.cards)
+
+        def apply_action(self, action):
+            self.cards = (*self.cards, action)
+
+        def new_initial_state(self):
+            return Deal()
+
+    monkeypatch.setattr("normkit.rl.spiel.load_game", lambda name: Deal())
+    dealt = [opening("uneven", seed)[0].cards for seed in range(300)]
+    assert set(dealt) == {(1,), (0, 0), (0, 1)}
+    assert dealt.count((1,)) / 300 == pytest.approx(0.5, abs=0.1)
 
 
 def test_expected_returns_are_the_mean_over_all_deals_and_choices():
@@ -201,6 +260,7 @@ def test_who_can_play_what():
     assert all(can_play("random", game) for game in GAMES)
     assert can_play("minimax", "hex(board_size=3)")
     assert not can_play("minimax", "pig")
+    assert not can_play("cfr", "phantom_ttt")  # too large a tree
     assert player("mcts-7", "tic_tac_toe", 5) == MCTS(7, 5)
     assert player("random", "mini_hanabi") is uniform
 
@@ -219,6 +279,15 @@ def test_who_can_play_what():
         (lambda: exploitability(lambda s, p: {0: 0.2, 1: 0.2}, "kuhn_poker"), "sum to 1"),
         (lambda: exploitability(lambda s, p: {0: 2.0, 1: -1.0}, "kuhn_poker"), "sum to 1"),
         (lambda: exploitability(lambda s, p: {0: math.nan, 1: 1}, "kuhn_poker"), "sum to 1"),
+        (lambda: exploitability(lambda s, p: {7: 1.0}, "kuhn_poker"), "sum to 1"),
+        (lambda: exploitability(lambda s, p: {}, "kuhn_poker"), "sum to 1"),
+        (lambda: exploitability(uniform, "phantom_ttt"), "at most 500,000 histories"),
+        (lambda: expected_returns([uniform] * 2, "connect_four"), "at most 500,000 histories"),
+        (lambda: expected_returns([uniform], "kuhn_poker"), "players must be 2"),
+        (lambda: play("kuhn_poker(players=3)", [uniform] * 2, 0), "players must be 3"),
+        (lambda: play("kuhn_poker", [lambda s, p: {7: 1.0}] * 2, 0), "sum to 1"),
+        (lambda: cfr("kuhn_poker", 0), "iterations must be at least 1"),
+        (lambda: Minimax()(load_game("pig").new_initial_state(), 0), "minimax cannot play pig"),
         (lambda: evaluate(uniform, "kuhn_poker", seats=[2]), "seats must be within 0 to 1"),
         (lambda: evaluate(uniform, "kuhn_poker", games=0), "games at least 1"),
     ],

@@ -28,13 +28,40 @@ import numpy as np
 from normkit.errors import InputError
 from normkit.files import write_json
 from normkit.rl.models import cache_folder
-from normkit.rl.spiel import deal, hides, information_states, load_game, opening
+from normkit.rl.spiel import (
+    check_small,
+    deal,
+    hides,
+    information_states,
+    is_small,
+    load_game,
+    opening,
+)
 from normkit.statistics import Interval, bootstrap_interval
 
 Policy: TypeAlias = Callable[[Any, int], Mapping[int, float]]
 
 _MOST_POSITIONS = 100_000
 _MOST_MOVES = 12
+_ROUNDING = 1e-4
+
+
+def ask(policy: Policy, state: Any, seat: int) -> dict[int, float]:
+    """What a policy would do: a probability for every legal action, those it leaves out at 0.
+
+    Raises:
+        InputError: where it names an action that is not legal, or its probabilities are negative,
+            not finite or do not sum to 1.
+    """
+    chances, legal = policy(state, seat), state.legal_actions(seat)
+    total = math.fsum(chances.values())
+    fits = abs(total - 1) < _ROUNDING and min(chances.values()) >= 0
+    if not fits or not chances.keys() <= set(legal):
+        raise InputError(
+            f"policy: the probabilities of the legal actions {legal} must sum to 1, "
+            f"got {dict(chances)} at {state.history_str()!r}"
+        )
+    return {action: chances.get(action, 0.0) / total for action in legal}
 
 
 def draw(chances: Mapping[int, float], numbers: np.random.Generator) -> int:
@@ -99,17 +126,21 @@ class MCTS:
         return {int(bot.step(state)): 1.0}
 
 
+_Values: TypeAlias = dict[tuple[str, int], float]
+
+
 @dataclass(frozen=True)
 class Minimax:
     """Exact play of small games for two without chance or hidden cards: the best moves."""
 
-    _values: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
+    _games: dict[str, _Values] = field(default_factory=dict, repr=False)
 
     def __call__(self, state: Any, seat: int) -> dict[int, float]:
         """Probabilities of the best moves.
 
         Raises:
-            InputError: where the game has more than 100,000 positions.
+            InputError: where the game does not suit (:func:`can_play`), or has more than 100,000
+                positions.
         """
         values = {action: self.value(state.child(action)) for action in state.legal_actions()}
         sign = 1.0 if seat == 0 else -1.0
@@ -119,16 +150,25 @@ class Minimax:
 
     def value(self, state: Any) -> float:
         """What seat 0 gets from a position under the best play of both."""
-        if state.is_terminal():
-            return float(state.returns()[0])
-        seat = state.current_player()
-        key = (str(state), seat)
-        if key not in self._values:
-            if len(self._values) >= _MOST_POSITIONS:
-                raise InputError(f"minimax: the game has more than {_MOST_POSITIONS:,} positions")
-            outcomes = [self.value(state.child(action)) for action in state.legal_actions()]
-            self._values[key] = max(outcomes) if seat == 0 else min(outcomes)
-        return self._values[key]
+        game = str(state.get_game())
+        if game not in self._games:
+            check_player("minimax", game)
+            self._games[game] = {}
+        return _value(state, self._games[game])
+
+
+def _value(state: Any, known: _Values) -> float:
+    """Value of a position to seat 0; what is found goes to ``known``."""
+    if state.is_terminal():
+        return float(state.returns()[0])
+    seat = state.current_player()
+    key = (str(state), seat)
+    if key not in known:
+        if len(known) >= _MOST_POSITIONS:
+            raise InputError(f"minimax: the game has more than {_MOST_POSITIONS:,} positions")
+        outcomes = [_value(state.child(action), known) for action in state.legal_actions()]
+        known[key] = max(outcomes) if seat == 0 else min(outcomes)
+    return known[key]
 
 
 def cfr(game: str, iterations: int = 100, plus: bool = True) -> Tabular:
@@ -140,9 +180,11 @@ def cfr(game: str, iterations: int = 100, plus: bool = True) -> Tabular:
         plus: CFR+ instead of CFR.
 
     Raises:
-        InputError: where the game does not suit (:func:`can_play`).
+        InputError: where the game does not suit (:func:`can_play`), or there are no iterations.
     """
     check_player("cfr", game)
+    if iterations < 1:
+        raise InputError(f"iterations must be at least 1, got {iterations}")
     return _solve(game, iterations, plus)
 
 
@@ -203,7 +245,8 @@ def can_play(name: str, game: str) -> bool:
     """Whether a player of :func:`player` suits a game.
 
     Tree search and minimax need open cards and opposed players (minimax two, no chance and at most
-    12 moves), CFR opposed players and information states of hidden cards.
+    12 moves), CFR opposed players, information states of hidden cards and a tree that can be gone
+    through (:func:`normkit.rl.spiel.is_small`).
 
     Raises:
         InputError: where there is no player of that name.
@@ -217,7 +260,8 @@ def can_play(name: str, game: str) -> bool:
     if kind.utility.name != "ZERO_SUM":
         return False
     if name == "cfr":
-        return hides(loaded) and bool(kind.provides_information_state_string)
+        told = hides(loaded) and bool(kind.provides_information_state_string)
+        return told and is_small(game)
     if name == "minimax":
         return not hides(loaded) and _is_short_duel(loaded)
     return not hides(loaded)
@@ -241,13 +285,26 @@ def play(game: str, players: Sequence[Policy], seed: int) -> list[float]:
 
     Returns:
         What each seat got.
+
+    Raises:
+        InputError: for another number of players than the game has, or a policy that does not
+            answer with probabilities of its legal actions.
     """
+    _check_seats(players, game)
     state, numbers = opening(game, seed)
     while not state.is_terminal():
         seat = state.current_player()
-        state.apply_action(draw(players[seat](state, seat), numbers))
+        state.apply_action(draw(ask(players[seat], state, seat), numbers))
         deal(state, numbers)
     return [float(value) for value in state.returns()]
+
+
+def _check_seats(players: Sequence[Policy], game: str) -> None:
+    count = load_game(game).num_players()
+    if len(players) != count:
+        raise InputError(
+            f"players must be {count}, one for each seat of {game}, got {len(players)}"
+        )
 
 
 def evaluate(
@@ -287,7 +344,13 @@ def evaluate(
 
 
 def expected_returns(players: Sequence[Policy], game: str) -> list[float]:
-    """What each seat gets on average: exact, over the whole tree of a small game."""
+    """What each seat gets on average: exact, over the whole tree of a small game.
+
+    Raises:
+        InputError: as :func:`play`, or where the game is not small.
+    """
+    _check_seats(players, game)
+    check_small(game)
     total = [0.0] * len(players)
     stack = [(load_game(game).new_initial_state(), 1.0)]
     while stack:
@@ -299,7 +362,7 @@ def expected_returns(players: Sequence[Policy], game: str) -> list[float]:
             chances = dict(state.chance_outcomes())
         else:
             seat = state.current_player()
-            chances = dict(players[seat](state, seat))
+            chances = ask(players[seat], state, seat)
         stack += [(state.child(action), reach * p) for action, p in chances.items() if p > 0]
     return total
 
@@ -307,7 +370,7 @@ def expected_returns(players: Sequence[Policy], game: str) -> list[float]:
 def tabulate(policy: Policy, game: str) -> Tabular:
     """Write a policy down: asked once at every information state of a small game."""
     found = information_states(game).items()
-    return Tabular({text: policy(state, state.current_player()) for text, state in found})
+    return Tabular({text: ask(policy, state, state.current_player()) for text, state in found})
 
 
 def exploitability(policy: Policy, game: str) -> float:
@@ -321,16 +384,12 @@ def exploitability(policy: Policy, game: str) -> float:
         game: name of a small game with information states.
 
     Raises:
-        InputError: where the game has none, or a probability is missing, negative or not finite.
+        InputError: where the game is not small or has none, or the policy does not answer with
+            probabilities of its legal actions.
     """
     import pyspiel
 
-    table = {}
-    for state, chances in tabulate(policy, game).table.items():
-        total = math.fsum(chances.values())
-        if min(chances.values()) < 0 or not abs(total - 1) < 1e-4:
-            raise InputError(f"policy: the probabilities at {state!r} must sum to 1, got {total}")
-        table[state] = [(action, p / total) for action, p in chances.items()]
+    table = {text: list(row.items()) for text, row in tabulate(policy, game).table.items()}
     loaded = load_game(game)
     written = pyspiel.TabularPolicy(table)
     return float(pyspiel.nash_conv(loaded, written)) / int(loaded.num_players())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ GAMES: Mapping[str, str] = {
 """Our names of the paper's games, as OpenSpiel spells them."""
 
 _MOST_DEALS = 64
+_MOST_HISTORIES = 500_000
 
 
 def load_game(name: str) -> Any:
@@ -57,18 +59,17 @@ def hides(game: Any) -> bool:
 @lru_cache(maxsize=64)
 def _deals(name: str) -> tuple[tuple[int, ...], ...]:
     """The opening deals of a game where they are few and equally likely, else none."""
-    found: list[tuple[int, ...]] = []
-    open_ = [load_game(name).new_initial_state()]
+    found: dict[tuple[int, ...], float] = {}
+    open_ = [(load_game(name).new_initial_state(), 1.0)]
     while open_:
-        state = open_.pop()
+        state, reach = open_.pop()
         if not state.is_chance_node():
-            found.append(tuple(state.history()))
+            found[tuple(state.history())] = reach
             continue
-        actions, shares = zip(*state.chance_outcomes(), strict=True)
-        open_ += [state.child(action) for action in reversed(actions)]
-        if len(found) + len(open_) > _MOST_DEALS or not np.allclose(shares, shares[0]):
+        open_ += [(state.child(a), reach * p) for a, p in reversed(state.chance_outcomes())]
+        if len(found) + len(open_) > _MOST_DEALS:
             return ()
-    return tuple(found)
+    return tuple(found) if np.ptp(list(found.values())) < 1e-9 else ()
 
 
 def opening(name: str, seed: int) -> tuple[Any, np.random.Generator]:
@@ -93,16 +94,34 @@ def deal(state: Any, numbers: np.random.Generator) -> None:
         state.apply_action(int(numbers.choice(actions, p=np.divide(shares, sum(shares)))))
 
 
-def states(game: str) -> Iterator[Any]:
-    """Every history of a small game at which a player is to move."""
+def histories(game: str) -> Iterator[Any]:
+    """Every history of a game, from the root on: chance, decisions and ends."""
     stack = [load_game(game).new_initial_state()]
     while stack:
         state = stack.pop()
-        if state.is_terminal():
-            continue
-        if not state.is_chance_node():
-            yield state
+        yield state
         stack += [state.child(action) for action in reversed(state.legal_actions())]
+
+
+def states(game: str) -> Iterator[Any]:
+    """Every history of a game at which a player is to move."""
+    return (state for state in histories(game) if state.current_player() >= 0)
+
+
+@lru_cache(maxsize=64)
+def is_small(game: str) -> bool:
+    """Whether a game has at most 500,000 histories, so that all of them can be gone through."""
+    return sum(1 for _ in islice(histories(game), _MOST_HISTORIES + 1)) <= _MOST_HISTORIES
+
+
+def check_small(game: str) -> None:
+    """Check that all histories of a game can be gone through (:func:`is_small`).
+
+    Raises:
+        InputError: where they are too many.
+    """
+    if not is_small(game):
+        raise InputError(f"game: {game!r} must have at most {_MOST_HISTORIES:,} histories")
 
 
 @lru_cache(maxsize=8)
@@ -110,10 +129,11 @@ def information_states(game: str) -> Mapping[str, Any]:
     """The first history of every information state of a small game, by its text.
 
     Raises:
-        InputError: where the game has no information states.
+        InputError: where the game has no information states, or is not small.
     """
     if not load_game(game).get_type().provides_information_state_string:
         raise InputError(f"game: {game!r} has no information states")
+    check_small(game)
     found: dict[str, Any] = {}
     for state in states(game):
         found.setdefault(state.information_state_string(state.current_player()), state)

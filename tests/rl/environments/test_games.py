@@ -30,6 +30,7 @@ OTHERS = (
     "kuhn_poker(players=3)",
     "leduc_poker(players=3)",
     "hanabi(players=3,colors=2,ranks=2,hand_size=2)",
+    "hanabi",
     "hex(board_size=3)",
     "pig",
     "backgammon",
@@ -145,6 +146,17 @@ def test_what_a_seat_is_shown():
     assert "<think>" in at("kuhn_poker", thinking=True).system(0)
 
 
+def test_cards_of_leduc_poker_with_and_without_suits():
+    for game, suits in (("leduc_poker", 2), ("leduc_poker(suit_isomorphism=True)", 1)):
+        for seed in range(12):
+            text = at(game, "check", "check", seed=seed)
+            first, second, _, _, public = text.state.history()
+            cards = ["JQK"[card // suits] for card in (first, second, public)]
+            for seat in (0, 1):
+                shown = f"Your card: {cards[seat]}. Public card: {cards[2]}. Round 2."
+                assert text.render(seat).startswith(shown)
+
+
 def test_hanabi_shows_others_cards_and_what_one_was_told():
     text = at("mini_hanabi", "hint 1", seed=4)
     table, you, other, legal = text.render(1).splitlines()[-4:]
@@ -250,7 +262,11 @@ def test_a_draw_pays_both_a_little(game, moves):
     assert {step.end_reason for step in steps} == {"draw"}
 
 
-@pytest.mark.parametrize("game", [*TRAIN, *HELDOUT, "kuhn_poker(players=3)"])
+@pytest.mark.parametrize(
+    # Pig and cribbage give a seat several turns in a row; cribbage pays as it goes.
+    "game",
+    [*TRAIN, *HELDOUT, "kuhn_poker(players=3)", "pig(winscore=12)", "cribbage(players=3)"],
+)
 def test_rewards_of_a_seat_add_up_to_its_return_and_bonuses(game):
     config = GameConfig(draw=0.0)
     for seed in range(15):
@@ -270,11 +286,12 @@ def test_rewards_of_a_seat_add_up_to_its_return_and_bonuses(game):
                     total[session.seat] += step.reward
         returns = sessions[0].match.text.state.returns()
         for session, paid, value in zip(sessions, total, returns, strict=True):
-            assert paid == pytest.approx(value + 0.05 * session.turns)
+            if session.turns:  # else nothing was the seat's doing
+                assert paid == pytest.approx(value + 0.05 * session.turns)
             assert world.score(session)["score"] == value
         if "hanabi" in game:
             assert len(set(returns)) == 1
-        else:
+        elif game != "cribbage(players=3)":
             assert sum(returns) == 0
 
 
@@ -358,6 +375,36 @@ def test_an_illegal_move_costs_the_stake_and_ten(game, moves, loss):
     assert world.score(mover)["score"] == 10 - loss
     with pytest.raises(InputError, match="not the turn"):
         world.act([mover], [Reply(said("1"))])
+
+
+def test_in_a_game_that_pays_as_it_goes_an_illegal_move_costs_what_the_seat_has():
+    world, rng = GameWorld(["cribbage"], []), random.Random(0)
+    sessions = world.start_seats("cribbage", 0)
+    total, steps = [0.0, 0.0], world.poll(sessions)
+    while min(sessions[0].match.text.state.returns()) <= 0:
+        (mover,) = [s for s in sessions if s.match.text.seat == s.seat]
+        world.act([mover], [Reply(said(rng.choice(list(mover.match.text.legal()))))])
+        steps = world.poll(sessions)
+        total = [t + (step.reward if step else 0) for t, step in zip(total, steps, strict=True)]
+    had = sessions[0].match.text.state.returns()
+    (mover,) = [s for s in sessions if s.match.text.seat == s.seat]
+    other = sessions[1 - mover.seat]
+    world.act([mover], [Reply("what?")])
+    world.poll([other])
+    (step,) = world.poll([mover])
+    assert step.reward == -had[mover.seat] - 10
+    assert world.score(mover)["score"] == 0
+    assert world.score(other)["score"] == had[other.seat]
+
+
+def test_an_illegal_move_does_not_give_back_what_was_lost():
+    world = GameWorld(["cliff_walking"], [])
+    (walker,) = world.start_seats("cliff_walking", 0)
+    world.poll([walker])
+    for _ in range(3):
+        assert reply(world, walker, said("UP")).reward == pytest.approx(-1 + 0.05)
+    assert reply(world, walker, said("SIDEWAYS")).reward == -10
+    assert world.score(walker)["score"] == -3
 
 
 def test_a_bet_in_kuhn_poker_is_at_stake():
@@ -525,12 +572,23 @@ def test_a_game_that_fixed_players_end_before_the_policys_turn():
         (lambda: GameWorld(["no such game"]), "game must be one of"),
         (lambda: GameWorld([], []), "at least one game"),
         (lambda: GameWorld(["hex"], ["hex"]), "none twice"),
+        (lambda: GameWorld(["hex", "hex"], []), "none twice"),
+        (
+            lambda: GameWorld(opponent=uniform).step(
+                [GameWorld(opponent=uniform).start("kuhn_poker", 0)], []
+            ),
+            "one for each session",
+        ),
+        (
+            lambda: GameWorld(opponent=lambda s, p: {5: 1.0}, seat=1).start("kuhn_poker", 0),
+            "must sum to 1",
+        ),
         (lambda: GameWorld(opponent="mcts"), "mcts cannot play kuhn_poker"),
         (lambda: GameWorld(opponent="stockfish"), "opponent must be"),
         (lambda: GameWorld(opponent="random", seat=2), "has 2 seats, got 2"),
         (lambda: GameWorld().start("kuhn_poker", 0), "self-play has a session for every seat"),
         (
-            lambda: GameWorld().step(GameWorld().start_seats("kuhn_poker", 0), []),
+            lambda: GameWorld().step(GameWorld().start_seats("kuhn_poker", 0), [Reply("")] * 2),
             "self-play has a session for every seat",
         ),
         (lambda: GameWorld().start_seats("go", 0), "no game 'go' in this world"),

@@ -70,10 +70,10 @@ class GameText:
         return str(state.action_to_string(seat, action)).strip()
 
     def stake(self, state: Any, seat: int) -> float:
-        """What a seat loses by an illegal move, before the penalty."""
-        if self.game.get_type().reward_model.name == "REWARDS":
-            return float(state.returns()[seat])
-        return max(0.0, -float(self.game.min_utility()))
+        """What a seat loses by an illegal move, before the penalty: what it has, or may lose."""
+        pays_as_it_goes = self.game.get_type().reward_model.name == "REWARDS"
+        stake = state.returns()[seat] if pays_as_it_goes else -self.game.min_utility()
+        return max(0.0, float(stake))
 
 
 class _Board(GameText):
@@ -194,9 +194,10 @@ class LeducPoker(_Poker):
     def view(self, state: Any, seat: int) -> str:
         """What a seat sees of a state."""
         ranks = self.game.num_players() + 1
+        suits = 1 if self.game.get_parameters().get("suit_isomorphism") else 2
         public = state.public_card()
-        shown = f" Public card: {self._card(public // 2, ranks)}." if public >= 0 else ""
-        card = self._card(state.private_card(seat) // 2, ranks)
+        shown = f" Public card: {self._card(public // suits, ranks)}." if public >= 0 else ""
+        card = self._card(state.private_card(seat) // suits, ranks)
         paid = ", ".join(
             f"{'you' if p == seat else self.name(p)} {self._paid(state, p)}"
             for p in range(self.game.num_players())
@@ -230,7 +231,7 @@ class Hanabi(GameText):
     def __init__(self, game: Any) -> None:
         super().__init__(game)
         self.board = True  # every move of Hanabi is public
-        self._set = game.get_parameters()
+        self._set = {"colors": 5, "ranks": 5, **game.get_parameters()}
 
     def rules(self) -> str:
         """The game in a few sentences."""
@@ -277,10 +278,6 @@ class Hanabi(GameText):
             return f"{words[0].lower()} {int(words[1]) + 1}"
         whom = "" if self.game.num_players() == 2 else f"{words[2]} "
         return f"hint {whom}{words[-1]}"
-
-    def stake(self, state: Any, seat: int) -> float:
-        """What a seat loses by an illegal move, before the penalty."""
-        return float(state.returns()[seat])
 
     def _other(self, distance: int) -> str:
         return "Other" if self.game.num_players() == 2 else f"+{distance}"

@@ -27,7 +27,7 @@ import numpy as np
 from normkit.errors import InputError
 from normkit.rl.environment import Reply, Split, Step, check_paired
 from normkit.rl.environments.game_texts import game_text, read_answer
-from normkit.rl.self_play import Policy, check_player, draw, player
+from normkit.rl.self_play import Policy, ask, check_player, draw, player
 from normkit.rl.spiel import deal, load_game, opening
 
 TRAIN = ("tic_tac_toe", "kuhn_poker", "mini_hanabi")
@@ -194,9 +194,9 @@ class Match:
         if action is None:
             stake = self.text.words.stake(self.text.state, seat)
             self.earned[seat] -= stake + config.penalty
-            self.paid = [0.0] * self.text.seats
-            if not self.text.words.shared:
-                self.paid[seat] = -stake
+            self.paid[seat] -= stake
+            if self.text.words.shared:
+                self.paid = [0.0] * self.text.seats
             self.lost_by = seat
             return
         self.earned[seat] += config.well_formed
@@ -206,7 +206,7 @@ class Match:
     def _advance(self) -> None:
         """Let fixed players move until it is the policy's turn."""
         while not self.over and (mover := self.players[self.text.seat]) is not None:
-            chances = mover(self.text.state, self.text.seat)
+            chances = ask(mover, self.text.state, self.text.seat)
             self._move(draw(chances, self.text.numbers))
 
     def _move(self, action: int) -> None:
@@ -272,7 +272,7 @@ class GameWorld:
             "heldout": tuple(heldout),
         }
         games = {name: load_game(name) for name in (*train, *heldout)}
-        if not games or set(train) & set(heldout):
+        if not games or len(games) < len(train) + len(heldout):
             raise InputError("train and heldout must name at least one game, and none twice")
         for name, game in games.items():
             if seat is not None and seat not in range(game.num_players()):
@@ -379,6 +379,7 @@ class GameWorld:
 
     def step(self, sessions: Sequence[GameSession], replies: Sequence[Reply]) -> list[Step]:
         """Answer one reply of each session against fixed players (:meth:`start`)."""
+        check_paired(sessions, replies)
         if any(session.match.players.count(None) != 1 for session in sessions):
             raise InputError(_SELF_PLAY)
         going = [
@@ -394,8 +395,9 @@ class GameWorld:
 
         Returns:
             ``score``: what the game paid, without bonuses and penalties; an illegal move counts as
-            the loss of the stake and 0 for the others, in Hanabi as 0 for all. ``won``: whether it
-            is above 0; ``illegal``: whether the seat ended the game so; ``turns``.
+            the loss of the stake, the others keep what they have, in Hanabi all lose their points.
+            ``won``: whether it is above 0; ``illegal``: whether the seat ended the game so;
+            ``turns``.
         """
         paid = session.match.paid[session.seat]
         return {
