@@ -44,6 +44,7 @@ def test_values_are_read():
         (FIELD["n"].text, "n must be a text that is not empty, got nothing"),
         (FIELD["e"].text, 'e must be a text that is not empty, got " "'),
         (lambda: FIELD["a"].text(empty=True), "a must be a text, got {"),
+        (Field("\ud83d", "f").text, 'it must be a text without lone surrogates, got "\\ud83d"'),
         (lambda: Field(True, "f").number(), "it must be a number, got true"),
         (lambda: Field(10**400, "f").number(), "it must be a finite number, got 1000"),
         (lambda: Field(float("nan"), "f").number(), "it must be a finite number, got NaN"),

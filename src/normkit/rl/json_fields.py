@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from normkit.errors import InputError
 
 _LARGEST = sys.float_info.max
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Field:
         value = "" if empty and self.value is None else self.value
         if not isinstance(value, str) or not (empty or value.strip()):
             raise self.wrong("a text" if empty else "a text that is not empty")
+        # JSON can spell halves of characters, which no tokenizer and no file takes.
+        if not value.isascii() and _HALF.search(value):
+            raise self.wrong("a text without lone surrogates")
         return value
 
     def number(self) -> float:
@@ -95,7 +100,9 @@ class Field:
         """The error that says where something else was expected."""
         given = json.dumps(self.value, ensure_ascii=False, default=repr) if self else "nothing"
         given = given if len(given) <= 60 else given[:57] + "..."
-        return InputError(f"{self.file}: {self.name or 'it'} must be {expected}, got {given}")
+        message = f"{self.file}: {self.name or 'it'} must be {expected}, got {given}"
+        # What is wrong may be that it cannot be printed.
+        return InputError(message.encode("utf-8", "backslashreplace").decode())
 
 
 def read_text(path: Path) -> str:
