@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +20,7 @@ from normkit.rl.environments.tool_tasks import TEMPLATES, make_tasks
 from normkit.rl.environments.toolbox import MAX_RESULT, Toolbox, load_land
 from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
 from normkit.rl.tool_calls import ToolCall
-from normkit.rl.tool_rewards import MatchOptions
+from normkit.rl.tool_rewards import MatchOptions, answer_f1
 
 BOX = Toolbox()
 SPLITS = ("train", "heldout")
@@ -66,6 +69,9 @@ def test_calculator(expression, value):
         ("(0 - 8) ^ .5", "not a finite"),
         ("__import__('os')", "no part of an expression"),
         ("abs(-1)", "no part of an expression"),
+        ("1٢", "no part of an expression"),
+        ("nan", "no part of an expression"),
+        ("True", "no part of an expression"),
         ("1 if 1 else 2", "no part of an expression"),
         ("(" * 200 + "1" + ")" * 200, "longer than|too deep"),
         ("(" * 100 + "1" + ")" * 100, "too deep"),
@@ -163,6 +169,10 @@ def test_wrong_calls_are_told_what_is_wrong(name, arguments, reason):
         "ATTACH 'x.db' AS x",
         "SELECT 1; DELETE FROM towns",
         "SELECT load_extension('x')",
+        "SELECT * FROM pragma_table_info('towns')",
+        "VACUUM INTO 'x'",
+        "BEGIN",
+        "SELECT a.name FROM goods a, goods b, goods c ORDER BY a.name || b.name || c.name",
         "SELECT randomblob(1000000000)",
         "SELECT printf('%.*c', 1000000000, 'x')",
         "SELECT readfile('x')",
@@ -179,6 +189,36 @@ def test_the_database_is_only_read_and_never_for_long(sql):
     result = run("query", sql=sql)
     assert not result.ok
     assert run("query", sql="SELECT COUNT(*) FROM towns").text == "40"
+
+
+def doubling(times):
+    """SQL that puts a text of ``9 * 6 ** times`` characters together, step by step."""
+    sql = "SELECT 'aaaaaaaaa' a"
+    for _ in range(times):
+        sql = f"SELECT a||a||a||a||a||a a FROM({sql} LIMIT 1)"
+    return sql
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python does not hand SQLite's limit on")
+def test_texts_of_a_query_stay_short():
+    assert run("query", sql=f"SELECT length(a) FROM({doubling(3)})").text == str(9 * 6**3)
+    result = run("query", sql=f"SELECT a, a, a FROM({doubling(5)}), towns")
+    assert result.text == "error: SQL: string or blob too big"
+
+
+def test_a_query_of_few_but_slow_steps_is_stopped_by_the_clock(monkeypatch):
+    monkeypatch.setattr(toolbox, "SQL_STEPS", 10**9)
+    monkeypatch.setattr(toolbox, "_SQL_CHECKS", 10**6)
+    monkeypatch.setattr(toolbox, "SQL_SECONDS", 0.05)
+    sql = "SELECT COUNT(*) FROM goods a, goods b, goods c, goods d, goods e, goods f"
+    assert "interrupted" in run("query", sql=sql).text
+
+
+def test_any_thread_may_ask_the_database():
+    with ThreadPoolExecutor(4) as pool:
+        names = [row["name"] for row in load_land().tables["towns"]]
+        calls = [ToolCall("lookup", {"table": "towns", "name": n, "field": "name"}) for n in names]
+        assert [result.text for result in pool.map(BOX.run, calls)] == names
 
 
 def test_results_are_cut():
@@ -221,11 +261,24 @@ def test_reference_traces_do_what_they_say(split):
         assert json.loads(json.dumps([c.to_json() for c in task.gold]))
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_are_not_to_be_had_without_the_tools(split):
+    tasks = make_tasks(split)
+    assert len({json.dumps([c.to_json() for c in task.gold]) for task in tasks}) == len(tasks)
+    assert not any(set(t.results) & {"0", "none", "no rows"} for t in tasks)
+    for task in tasks:
+        assert not set(task.answer.split()) & set(re.findall(r"[\w.-]+", task.question))
+    best = max(sum(answer_f1(x.answer, t.answer) for t in tasks) for x in tasks)
+    assert best / len(tasks) < 0.06  # of always giving the same answer
+
+
 def test_splits_share_neither_templates_nor_questions_nor_rows():
     train, heldout = (make_tasks(split) for split in SPLITS)
     assert not {t.template.name for t in train} & {t.template.name for t in heldout}
     assert len({t.question for t in (*train, *heldout)}) == len(train) + len(heldout)
     assert len({t.id for t in (*train, *heldout)}) == len(train) + len(heldout)
+    calls = [{json.dumps(c.to_json()) for t in tasks for c in t.gold} for tasks in (train, heldout)]
+    assert not calls[0] & calls[1]
     land = load_land()
     names = [row["name"] for rows in land.tables.values() for row in rows]
     for name in [*names, *land.nicknames.values()]:
@@ -301,7 +354,9 @@ def test_calls_without_end_are_ended(method):
     world = ToolWorld(ToolWorldConfig(max_turns=3, matching=MatchOptions(method)))
     session, steps = play(world, task.id, [tag(task.gold[0]) * 30] * 3)
     assert [s.end_reason for s in steps] == [None, None, "max_turns"]
-    assert steps[0].message.count("too many calls") == 26
+    assert steps[0].message.count("<tool_response>") == 4 + 1
+    assert steps[0].message.count("too many calls") == 1
+    assert len(session.results) == len(session.calls) == 90
     assert sum(steps[-1].info["turn_rewards"]) <= 1 / 30 + 1e-9
     with pytest.raises(InputError, match="must not have ended"):
         world.step([session], [Reply("")])
@@ -319,6 +374,48 @@ def test_calls_without_end_are_ended(method):
 def test_other_endings(text, reason, reward):
     _, (step,) = play(ToolWorld(), "freight-00", [text])
     assert (step.end_reason, step.reward, step.message) == (reason, reward, None)
+
+
+def test_thoughts_neither_call_nor_answer():
+    task = gold("freight-00")
+    first, second, _ = map(tag, task.gold)
+    thought = f"<think>First {second}, then <answer>7</answer>.</think>"
+    session, steps = play(ToolWorld(), task.id, [thought + first, f"<think>{second}"])
+    assert session.calls == [task.gold[0]]
+    assert [s.end_reason for s in steps] == [None, "neither calls nor an answer"]
+
+
+BODIES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+REPLIES = st.lists(
+    st.sampled_from(
+        ["<tool_call>", "</tool_call>", "<think>", "</think>", "<answer>", "{", "\\ud800"]
+    )
+    | st.text(max_size=10)
+    | BODIES.map(json.dumps)
+    | st.builds(
+        lambda name, x: tag(ToolCall(name, {"text": x})), st.sampled_from([*BOX.tools]), BODIES
+    )
+    | st.sampled_from([tag(call) for call in make_tasks("train")[0].gold]),
+    max_size=6,
+).map("".join)
+WORLD = ToolWorld()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(REPLIES, min_size=1, max_size=4))
+def test_no_reply_raises_or_is_more_than_a_file_can_hold(texts):
+    session = WORLD.start("freight-00", 0)
+    for text in texts:
+        (step,) = WORLD.step([session], [Reply(text)])
+        assert 0 <= step.reward <= 1
+        json.dumps([step.info, step.message], ensure_ascii=False).encode()
+        if session.ended is not None:
+            break
+    assert all(math.isfinite(value) for value in WORLD.score(session).values())
 
 
 def test_sessions_side_by_side_are_sessions_alone():

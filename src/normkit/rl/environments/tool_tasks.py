@@ -278,7 +278,7 @@ def _slots(split: Split, generator: random.Random) -> dict[str, Any]:
 def _fill(template: Template, slots: Mapping[str, Any], box: Toolbox, number: int) -> Task | None:
     """Fill in a template and run its calls; None where it makes no sense.
 
-    That is where a call finds nothing, a number is below zero, or a call is made twice.
+    That is where a call finds nothing, a number is not above zero, or a call is made twice.
     """
     gold: list[ToolCall] = []
     results: list[str] = []
@@ -288,7 +288,7 @@ def _fill(template: Template, slots: Mapping[str, Any], box: Toolbox, number: in
             name, {k: _value(v.format(*results, **slots), kinds[k]) for k, v in arguments.items()}
         )
         result = box.run(call)
-        senseless = result.text == as_text(None) or result.text.startswith("-")
+        senseless = result.text in (as_text(None), "0") or result.text.startswith("-")
         if senseless or not result.ok or call in gold:
             return None
         gold.append(call)

@@ -1,8 +1,8 @@
 """The tools of the tool world, and how a call of one is run.
 
 Arguments are untrusted. Expressions have a parser of their own, over float64 alone; SQL may only
-read (an authorizer refuses everything else) and stops after a budget of steps; every text has a
-length limit. What goes wrong is an error text for the model, never an exception.
+read (an authorizer refuses everything else) and stops after a budget of steps or of time; every
+text has a length limit. What goes wrong is an error text for the model, never an exception.
 
 The database is an invented land (``normkit.data.tools``): towns, goods and events as tables, and
 notes that only the search finds.
@@ -14,12 +14,16 @@ import json
 import math
 import re
 import sqlite3
+import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cache
 from importlib import resources
+from itertools import count
 from typing import Any
 
 from normkit.errors import InputError
@@ -33,6 +37,11 @@ MAX_ROWS = 20
 """Most rows of a query that are shown."""
 SQL_STEPS = 200_000
 """Steps of SQLite's machine after which a query is stopped (some milliseconds)."""
+SQL_SECONDS = 1.0
+"""Time after which a query is stopped: a step that compares long texts may be a slow one."""
+SQL_TEXT = 10_000
+"""Longest text that a query may put together, in characters."""
+_SQL_CHECKS = 200
 _SQL_FUNCTIONS = ("abs", "avg", "count", "length", "like", "lower", "max", "min", "round", "sum")
 _KINDS: Mapping[str, tuple[type, ...]] = {"string": (str,), "number": (int, float)}
 
@@ -75,7 +84,7 @@ class Result:
 
 
 class Toolbox:
-    """The tools, over a database.
+    """The tools, over a database that any thread may ask.
 
     Args:
         tables: rows of each table, all with the same columns; the shipped land if None.
@@ -89,7 +98,7 @@ class Toolbox:
     ) -> None:
         land = load_land()
         self._tables = land.tables if tables is None else tables
-        self._database = _database(self._tables)
+        self._database, self._lock = _database(self._tables), threading.Lock()
         self._search = _Search(land.notes if notes is None else notes)
         text, number = "string", "number"
         shape = "; ".join(f"{name}({', '.join(rows[0])})" for name, rows in self._tables.items())
@@ -159,12 +168,17 @@ class Toolbox:
         return "; ".join(", ".join(as_text(value) for value in row) for row in rows)
 
     def _select(self, sql: str, values: tuple[str, ...]) -> list[tuple[Any, ...]]:
-        # The first call of the handler, after its steps, interrupts the query.
-        self._database.set_progress_handler(lambda: 1, SQL_STEPS)
-        try:
-            return self._database.execute(sql, values).fetchmany(MAX_ROWS)
-        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
-            raise InputError(f"SQL: {error}") from None
+        checks, end = count(1), time.monotonic() + SQL_SECONDS
+
+        def is_over() -> bool:
+            return next(checks) == _SQL_CHECKS or time.monotonic() > end
+
+        with self._lock:
+            self._database.set_progress_handler(is_over, SQL_STEPS // _SQL_CHECKS)
+            try:
+                return self._database.execute(sql, values).fetchmany(MAX_ROWS)
+            except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
+                raise InputError(f"SQL: {error}") from None
 
     def _find(self, text: str) -> str:
         return self._search.best(text)
@@ -203,7 +217,7 @@ def as_text(value: Any) -> str:
 
 # ---------------------------------------------------------------------- calculator
 
-_TOKEN = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+|\*\*|[-+*/^()])")
+_TOKEN = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+|\*\*|[-+*/^()])", re.ASCII)
 _MAX_NESTING = 50
 
 
@@ -362,7 +376,7 @@ def _date(text: str) -> date:
 
 def _database(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> sqlite3.Connection:
     """The tables in memory; nothing but reading is allowed afterwards."""
-    connection = sqlite3.connect(":memory:")
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
     for name, rows in tables.items():
         columns = list(rows[0])
         marks = ", ".join("?" * len(columns))
@@ -373,6 +387,8 @@ def _database(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> sqlite3.Conn
         )
     connection.commit()
     connection.execute("PRAGMA query_only = ON")
+    if sys.version_info >= (3, 11):  # where Python hands the limit on
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, SQL_TEXT)
     readable = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
 
     def authorize(action: int, _first: str | None, second: str | None, *_: str | None) -> int:

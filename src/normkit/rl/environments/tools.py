@@ -1,9 +1,9 @@
 """The tool world: questions that take three to six calls of tools which are really run.
 
 A reply calls tools (``<tool_call>`` tags, as Qwen and Hermes write them) or answers
-(``<answer>`` tags). Calls are run and their results are the next message. A turn earns what its
-calls match of the reference trace (MatchTIR, arXiv 2601.10712: :mod:`normkit.rl.tool_rewards`), the
-turn that answers the F1 of its words.
+(``<answer>`` tags); what it thinks before (``</think>``) does neither. Calls are run and their
+results are the next message. A turn earns what its calls match of the reference trace (MatchTIR,
+arXiv 2601.10712: :mod:`normkit.rl.tool_rewards`), the turn that answers the F1 of its words.
 
 Calls are matched over the whole dialogue, so that an earlier turn's reward may change when a later
 call fits better. A step reports what its turn has earned so far; ``info["turn_rewards"]`` holds all
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from normkit.errors import InputError
+from normkit.rl.chat import without_reasoning
 from normkit.rl.environment import Reply, Split, Step, check_paired
 from normkit.rl.environments.tool_tasks import Task, make_tasks
 from normkit.rl.environments.toolbox import Result, Toolbox
@@ -44,7 +45,7 @@ class ToolWorldConfig:
 
     Attributes:
         max_turns: a dialogue ends here, whatever it calls.
-        max_calls: calls of one reply that are run; those beyond are told so, and are paid as any.
+        max_calls: calls of one reply that are run; the first beyond is told so, and all are paid.
         reward: what turns earn: "matched", or nothing but the answer's F1 ("outcome").
         matching: how calls are paid.
     """
@@ -194,6 +195,7 @@ class ToolWorld:
 
     def _answer(self, session: ToolSession, text: str) -> str | None:
         """Take a reply in and return the next message; None at the end."""
+        text = without_reasoning(text)
         session.answer = find_answer(text)
         parsed = read_qwen(text) if session.answer is None else Parsed([], [])
         session.turns.append(parsed)
@@ -213,6 +215,7 @@ class ToolWorld:
             session.ended = "max_turns"
         if session.ended is not None:
             return None
-        texts = [result.text for result in results]
-        texts += [f"error: {reason}" for reason in parsed.failures[: self.config.max_calls]]
+        most = self.config.max_calls
+        texts = [result.text for result in results[: most + 1]]  # of those beyond, one says so
+        texts += [f"error: {reason}" for reason in parsed.failures[:most]]
         return "\n".join(f"<tool_response>{text}</tool_response>" for text in texts)
