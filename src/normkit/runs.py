@@ -112,6 +112,11 @@ class RunLogger:
         for path in self.folder.glob("*.jsonl"):
             path.unlink()
 
+    def go_on(self, config: Any) -> None:
+        """Go on with what is there: keep the configuration, unless the run began with one."""
+        if not (self.folder / "config.json").exists():
+            self.config(config)
+
     def rewind(self, step: int) -> None:
         """Forget all logged rows of steps after ``step``, and a last line that was cut short."""
         for path in self.folder.glob("*.jsonl"):

@@ -46,7 +46,7 @@ def finished(config, tmp_path_factory):
 
 def test_every_pairing_is_measured_before_and_after(finished):
     results, folder = finished
-    rows = {row[0]: row[1:] for row in results["table"]["rows"]}
+    rows = {row[1]: row[2:] for row in results["table"]["rows"]}
     pairs = [
         *(f"tic_tac_toe against random, seat {s}" for s in (0, 1)),
         *(f"kuhn_poker against {o}, seat {s}" for o in ("random", "cfr") for s in (0, 1)),
@@ -62,7 +62,7 @@ def test_every_pairing_is_measured_before_and_after(finished):
     assert all(0 < value < 1 for value in rows["exploitability in kuhn_poker"][:2])
     assert rows["score"][2].endswith(f"n = {2 * len(pairs)}")
     for side in ("before", "after"):
-        found = read_json(folder, f"{side}.json")["dialogues"]
+        found = read_json(folder, f"{side}.json")["sampled"]
         assert [d["task"] for d in found] == [pair for pair in pairs for _ in range(2)]
     assert (folder / "report.html").exists()
     assert sorted(p.name for p in (folder / "plots").glob("3_*")) == ["3_opponents.png"]

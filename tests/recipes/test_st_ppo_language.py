@@ -50,7 +50,7 @@ def model(monkeypatch):
 @pytest.mark.parametrize(("method", "rank"), [("st-ppo", 0), ("so-grpo", 2)])
 def test_a_chat_model_is_trained_to_search(tmp_path, method, rank):
     results = run(Config(**SMALL, method=method, lora_rank=rank), tmp_path)
-    assert [row[0] for row in results["table"]["rows"]] == list(METRICS)
+    assert [row[1] for row in results["table"]["rows"]] == list(METRICS)
     assert any("supervised" in line for line in results["summary"])
     steps, updates = read_table(tmp_path), read_table(tmp_path, "updates")
     assert [row["step"] for row in steps] == [1, 2]
@@ -83,7 +83,7 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(tmp_path):
     evaluate.main([str(tmp_path / "run"), "--world", "search", *short, *few])
     (found,) = json.loads(out.read_text(encoding="utf-8"))["models"].values()
     record = found["records"]["search"][0]
-    expected = read_json(tmp_path / "run", "after.json")["dialogues"][0]
+    expected = read_json(tmp_path / "run", "after.json")["greedy"][0]
     assert record["task"] == expected["task"] == "heldout-1-000"
     assert record["turns"] == expected["turns"]
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from normkit.errors import InputError
 from normkit.files import finite, write_json
-from normkit.rl.environment import Environment, Split, evaluation_tasks
+from normkit.rl.environment import HELDOUT_SEED, Environment, Split, evaluation_tasks
 from normkit.rl.evaluation.dialogues import score_dialogues
 from normkit.rl.evaluation.emobench import Item, ask_emobench, read_emobench, weigh_emobench
 from normkit.rl.evaluation.eqbench import ask_eqbench, read_eqbench
@@ -100,7 +100,7 @@ class EvaluateOptions:
     max_tokens: int | None = None
     batch_size: int = 16
     dtype: DtypeName = "auto"
-    seed: int = 12345
+    seed: int = HELDOUT_SEED
     out: Path | None = None
     json: bool = False
 

@@ -2,16 +2,17 @@
 
 A recipe brings the trainer and says what to measure (:class:`Study`). The run folder gets
 ``before.json``, ``checkpoint/``, ``after.json``, plots, pairs of dialogues, ``results.json`` and
-the report; a run that was interrupted goes on from what is there.
+the report; a run that was interrupted goes on from what is there. Under torchrun every process
+plays and trains; the first one alone writes and speaks.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 
@@ -21,10 +22,13 @@ from normkit.report.plots import before_after, training_curves
 from normkit.rl.checkpoint import has_checkpoint
 from normkit.rl.dialogue import Dialogue, finite_mean
 from normkit.rl.trainer import Trainer
-from normkit.runs import RunLogger, read_json, read_table
-from normkit.statistics import bootstrap_interval
+from normkit.runs import RunLogger, process_rank, read_json, read_table
+from normkit.statistics import Interval, bootstrap_interval
 
 _SIDES = ("before", "after")
+
+Played: TypeAlias = Mapping[str, Sequence[Dialogue]]
+"""Dialogues by how their replies were chosen, "greedy" or "sampled"; the headline comes first."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,31 @@ class Study:
     about: str
     score: str
     metrics: Sequence[str]
-    play: Callable[[Trainer], Sequence[Dialogue]]
+    play: Callable[[Trainer], Played]
     tasks: str = "held-out tasks"
     plot: Callable[[Path], None] | None = None
     notes: Sequence[str] = ()
 
 
-def open_run(config: Any, folder: Path) -> RunLogger:
-    """The logger of a run folder, which keeps the configuration that it began with."""
+@dataclass(frozen=True)
+class _Change:
+    """Means over the tasks that have a value on both sides, and the paired gain."""
+
+    before: float
+    after: float
+    gain: Interval
+
+
+def open_run(config: Any, folder: Path) -> tuple[RunLogger | None, Console]:
+    """The logger of a run folder, which keeps the configuration that it began with, and a console.
+
+    In all processes but the first there is no logger, and the console is quiet.
+    """
+    if process_rank() != 0:
+        return None, Console(quiet=True)
     logger = RunLogger(folder)
-    if not (folder / "config.json").exists():
-        logger.config(config)
-    return logger
+    logger.go_on(config)
+    return logger, Console()
 
 
 def tell_lessons(console: Console, what: str, losses: Sequence[float]) -> None:
@@ -67,99 +84,137 @@ def tell_lessons(console: Console, what: str, losses: Sequence[float]) -> None:
 
 
 def progress(console: Console, score: str) -> Callable[[str, Mapping[str, Any]], None]:
-    """What a trainer reports to: one line a step."""
+    """What a trainer reports to: one line a step, and one for each evaluation on the way."""
+    spent: list[float] = []
 
-    def report(_phase: str, numbers: Mapping[str, Any]) -> None:
+    def report(phase: str, numbers: Mapping[str, Any]) -> None:
+        step, steps = numbers["step"], numbers["steps"]
+        line = f"step {step}/{steps}  {score} {numbers['score']:.4g}"
+        if phase == "evaluate":
+            console.print(f"{line} of held-out tasks", highlight=False)
+            return
+        spent.append(numbers["rollout_seconds"] + numbers["update_seconds"])
+        left = sum(spent[-5:]) / len(spent[-5:]) * (steps - step)
         rewards = " ".join(f"{r:+.2f}" for r in numbers["reward_by_turn"])
-        line = (
-            f"step {numbers['step']}/{numbers['steps']}  {score} {numbers['score']:.3f}  reward by "
-            f"turn {rewards}  grad {numbers['grad_norm']:.2f}  "
-            f"{numbers['rollout_seconds']:.0f} + {numbers['update_seconds']:.0f} s"
+        console.print(
+            f"{line}  reward by turn {rewards}  clip {numbers['clip_fraction']:.2f}  "
+            f"kl {numbers['sampling_kl']:.4f}  grad {numbers['grad_norm']:.2f}  "
+            f"{numbers['sampled_tokens_per_second']:.0f} + "
+            f"{numbers['trained_tokens_per_second']:.0f} tokens/s  {left / 60:.1f} min left",
+            highlight=False,
+            soft_wrap=True,
         )
-        console.print(line, highlight=False, soft_wrap=True)
 
     return report
 
 
-def conduct(
-    trainer: Trainer, logger: RunLogger, study: Study, console: Console
-) -> Mapping[str, Any]:
+def conduct(trainer: Trainer, folder: Path, study: Study, console: Console) -> Mapping[str, Any]:
     """Score, train the remaining steps, score again, and report.
 
     Args:
-        trainer: the trainer.
-        logger: the run folder's (:func:`open_run`), which the trainer has too.
+        trainer: the trainer, with the logger and the progress of the run.
+        folder: the run folder.
         study: what to measure.
         console: where progress is shown.
 
     Returns:
-        What ``results.json`` holds: title, summary, table, gains and seconds of this process.
+        What ``results.json`` holds: title, summary, table, gains and seconds of this process;
+        nothing in a process without a logger.
     """
-    started, folder = time.perf_counter(), logger.folder
+    started = time.perf_counter()
     if not (folder / "before.json").exists():
         evaluate(trainer, folder, "before", study, console)
     if has_checkpoint(folder / "checkpoint"):
         trainer.resume(folder / "checkpoint")
         console.print(f"resumed after step {trainer.step}")
-    trainer.train(folder / "checkpoint")
+    trainer.train(folder / "checkpoint", folder / "best")
     evaluate(trainer, folder, "after", study, console)
-    results = _summarize(trainer, folder, study, time.perf_counter() - started)
-    return finish(logger, results, console)
+    if trainer.logger is None:
+        return {}
+    results = _summarize(trainer, trainer.logger, study, time.perf_counter() - started)
+    return finish(trainer.logger, results, console)
 
 
-def play_heldout(trainer: Trainer, count: int) -> list[Dialogue]:
+def play_heldout(trainer: Trainer, count: int) -> Played:
     """Play so many of the held-out tasks, spread over all that there are, greedily."""
     world, rollout = trainer.environment, trainer.rollout
     names = world.tasks("heldout")
     chosen = names[:: max(1, len(names) // count)][:count]
     rollout.sync(trainer.model)
     greedy = rollout.with_config(replace(rollout.config, greedy=True))
-    return greedy.run(world, [(task, i, i) for i, task in enumerate(chosen)])
+    return {"greedy": greedy.run(world, [(task, i, i) for i, task in enumerate(chosen)])}
 
 
-def evaluate(trainer: Trainer, folder: Path, name: str, study: Study, console: Console) -> float:
-    """Play, write ``<name>.json``, and return the mean score."""
-    with console.status(f"{study.tasks} {name} training"):
-        dialogues = study.play(trainer)
-    write_json(folder / f"{name}.json", {"dialogues": [_record(d) for d in dialogues]})
-    mean = finite_mean([d.scores["score"] for d in dialogues])
-    console.print(f"{name} training: {study.score} of {study.tasks} {mean:.3f}", highlight=False)
-    return mean
+def evaluate(trainer: Trainer, folder: Path, name: str, study: Study, console: Console) -> None:
+    """Play, write ``<name>.json``, and print the mean score."""
+    with console.status(f"{name}: playing {study.tasks}"):
+        played = study.play(trainer)
+    if trainer.logger is not None:
+        records = {mode: [_record(d) for d in side] for mode, side in played.items()}
+        write_json(folder / f"{name}.json", records)
+    for mode, side in played.items():
+        mean = finite_mean([d.scores["score"] for d in side])
+        line = f"{name}: {study.score} of {len(side)} {study.tasks}, {mode}: {mean:.4g}"
+        console.print(line, highlight=False)
 
 
-def _summarize(trainer: Trainer, folder: Path, study: Study, seconds: float) -> dict[str, Any]:
+def _summarize(trainer: Trainer, logger: RunLogger, study: Study, seconds: float) -> dict[str, Any]:
     """Compare the two evaluations; write the plots and three pairs of dialogues."""
-    sides = [read_json(folder, f"{name}.json")["dialogues"] for name in _SIDES]
-    rows, gains = [], {}
-    for metric in study.metrics:
-        values = [[d["scores"][metric] for d in side] for side in sides]
-        pairs = [(a, b) for a, b in zip(*values, strict=True) if a is not None and b is not None]
-        if not pairs:
-            continue
-        gain = bootstrap_interval([b - a for a, b in pairs])
-        gains[metric] = str(gain)
-        rows.append([metric, *(sum(p[i] for p in pairs) / len(pairs) for i in (0, 1)), str(gain)])
-    plots = folder / "plots"
-    scores = [[d["scores"]["score"] or 0.0 for d in side] for side in sides]
-    training_curves(read_table(folder), plots / "1_training.png", study.score)
-    before_after(scores[0], scores[1], plots / "2_held-out.png", study.score, study.tasks)
+    folder, steps = logger.folder, read_table(logger.folder)
+    before, after = (read_json(folder, f"{name}.json") for name in _SIDES)
+    changes = {
+        (mode, metric): change
+        for mode in before
+        for metric in study.metrics
+        if (change := _change(before[mode], after[mode], metric)) is not None
+    }
+    headline = next(iter(before))
+    pairs = [
+        pair
+        for pair in zip(before[headline], after[headline], strict=True)
+        if all(record["scores"]["score"] is not None for record in pair)
+    ]
+    scores = [[record["scores"]["score"] for record in side] for side in zip(*pairs, strict=True)]
+    training_curves(steps, folder / "plots" / "1_training.png", study.score)
+    if pairs:
+        before_after(*scores, folder / "plots" / "2_held-out.png", study.score, study.tasks)
     if study.plot is not None:
         study.plot(folder)
-    _write_pairs(folder, *sides)
+    _write_pairs(logger, pairs)
     config = trainer.config
+    pace = finite_mean([row["rollout_seconds"] + row["update_seconds"] for row in steps])
+    masked = sum(row["masked_turns"] for row in steps)
     return {
         "title": study.title,
         "summary": [
-            f"{study.about}: {config.steps} steps of {config.groups} x {config.group_size} "
-            f"dialogues, {seconds / 60:.1f} minutes",
-            f"{study.score} of {len(scores[0])} {study.tasks}, paired gain "
-            f"{gains.get('score', 'unknown')}",
+            f"{study.about}: {len(steps)} steps of {config.groups} x {config.group_size} "
+            f"dialogues, {pace:.1f} s a step, {seconds / 60:.1f} minutes",
+            *(
+                f"{study.score} of {len(before[mode])} {study.tasks}, {mode}: {change.before:.4g} "
+                f"to {change.after:.4g}, paired gain {change.gain}"
+                for (mode, metric), change in changes.items()
+                if metric == "score"
+            ),
+            *([f"{masked} turns got no verdict and taught nothing"] if masked else []),
             *study.notes,
         ],
-        "table": {"columns": ["metric", "before", "after", "paired gain"], "rows": rows},
-        "gains": gains,
+        "table": {
+            "columns": ["replies", "metric", "before", "after", "paired gain"],
+            "rows": [[*key, c.before, c.after, str(c.gain)] for key, c in changes.items()],
+        },
+        "gains": {f"{mode} {metric}": asdict(c) for (mode, metric), c in changes.items()},
         "seconds": seconds,
     }
+
+
+def _change(before: Sequence[Any], after: Sequence[Any], metric: str) -> _Change | None:
+    """How a metric changed; None where no task has a value on both sides."""
+    values = [[record["scores"][metric] for record in side] for side in (before, after)]
+    pairs = [(a, b) for a, b in zip(*values, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return None
+    means = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
+    return _Change(*means, bootstrap_interval([b - a for a, b in pairs]))
 
 
 def _record(dialogue: Dialogue) -> dict[str, Any]:
@@ -167,23 +222,18 @@ def _record(dialogue: Dialogue) -> dict[str, Any]:
     return {"task": dialogue.task, "scores": dialogue.scores, "turns": turns}
 
 
-def _write_pairs(folder: Path, before: Sequence[Any], after: Sequence[Any]) -> None:
+def _write_pairs(logger: RunLogger, pairs: Sequence[tuple[Any, Any]]) -> None:
     """The dialogues that gained most, in the middle, and least, side by side."""
-
-    def gain(i: int) -> float:
-        return (after[i]["scores"]["score"] or 0.0) - (before[i]["scores"]["score"] or 0.0)
 
     def side(record: Mapping[str, Any]) -> dict[str, Any]:
         return {"score": record["scores"]["score"], "turns": record["turns"]}
 
-    order = sorted(range(len(before)), key=gain)
+    order = sorted(pairs, key=lambda pair: pair[1]["scores"]["score"] - pair[0]["scores"]["score"])
     # Fewer than three tasks give fewer pairs.
-    chosen = dict.fromkeys((order[-1], order[len(order) // 2], order[0]))
-    (folder / "pairs.jsonl").unlink(missing_ok=True)
-    RunLogger(folder, tensorboard=False).append(
-        "pairs",
-        [
-            {"task": before[i]["task"], "before": side(before[i]), "after": side(after[i])}
-            for i in chosen
-        ],
-    )
+    places = dict.fromkeys((len(order) - 1, len(order) // 2, 0)) if order else ()
+    rows = [
+        {"task": a["task"], "before": side(a), "after": side(b)}
+        for a, b in (order[place] for place in places)
+    ]
+    (logger.folder / "pairs.jsonl").unlink(missing_ok=True)
+    logger.append("pairs", rows)

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 
 from normkit.errors import InputError
-from normkit.recipes._language import Study, conduct, open_run, progress, tell_lessons
+from normkit.recipes._language import Played, Study, conduct, open_run, progress, tell_lessons
 from normkit.report.plots import figure
 from normkit.rl.chat_format import ChatFormat
 from normkit.rl.checkpoint import has_checkpoint
-from normkit.rl.dialogue import Dialogue
 from normkit.rl.environments.arena import Arena, pairings
 from normkit.rl.environments.game_policy import LanguagePolicy
 from normkit.rl.environments.games import GameSession, GameWorld
@@ -48,8 +46,7 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
 
     if config.warm_up and config.lora_rank:
         raise InputError("warm_up trains all weights; with lora_rank it must be 0")
-    console = Console()
-    logger = open_run(config, folder)
+    logger, console = open_run(config, folder)
     world = GameWorld(config.games, heldout=())
     arena = Arena(pairings((*config.games, *config.heldout), config.opponents))
     labels = arena.tasks("train")
@@ -87,7 +84,7 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         plot=partial(_plot, labels=labels),
         notes=["returns in the game's own points; an illegal move loses the stake"],
     )
-    return conduct(trainer, logger, study, console)
+    return conduct(trainer, folder, study, console)
 
 
 class _Lessons(GameWorld):
@@ -116,7 +113,7 @@ def _warm_up(model: Any, form: ChatFormat, config: Config) -> list[float]:
 # ---------------------------------------------------------------------- evaluation
 
 
-def _play(trainer: Trainer, arena: Arena, count: int) -> list[Dialogue]:
+def _play(trainer: Trainer, arena: Arena, count: int) -> Played:
     """Play every pairing with the training's own sampling; each has a column of its own.
 
     Of a game that the model plays with itself one seat is kept: all get the same.
@@ -136,12 +133,12 @@ def _play(trainer: Trainer, arena: Arena, count: int) -> list[Dialogue]:
         columns[f"exploitability in {EXACT}"] = math.nan if number else exact
         columns["legal share there"] = math.nan if number else legal
         dialogue.scores.update(columns)
-    return kept
+    return {"sampled": kept}
 
 
 def _plot(folder: Path, labels: Sequence[str]) -> None:
     """Mean return of every pairing before and after, with 95% intervals."""
-    sides = [read_json(folder, f"{name}.json")["dialogues"] for name in ("before", "after")]
+    sides = [read_json(folder, f"{name}.json")["sampled"] for name in ("before", "after")]
     with figure(folder / "plots" / "3_opponents.png", width=8.0) as (ax,):
         ax.figure.set_figheight(1.0 + 0.3 * len(labels))
         for shift, color, name, side in zip(

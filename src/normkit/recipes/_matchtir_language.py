@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from normkit.recipes._language import Study, conduct, open_run, play_heldout, progress
 from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
+from normkit.rl.rollout import RolloutConfig
 from normkit.rl.tool_rewards import MatchOptions
 from normkit.rl.trainer import Trainer, TrainerConfig
 
@@ -23,10 +22,8 @@ METRICS = ("score", "answer", "calls", "repeated", "wrong", "unreadable")
 def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train a chat model on questions that need tools, scored on held-out ones before and after."""
     from normkit.rl.models import load_policy
-    from normkit.rl.rollout import RolloutConfig
 
-    console = Console()
-    logger = open_run(config, folder)
+    logger, console = open_run(config, folder)
     world = ToolWorld(
         ToolWorldConfig(
             max_turns=config.max_turns,
@@ -60,4 +57,4 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         metrics=METRICS,
         play=partial(play_heldout, count=config.heldout),
     )
-    return conduct(trainer, logger, study, console)
+    return conduct(trainer, folder, study, console)

@@ -32,6 +32,7 @@ from normkit.rl.dialogue import Dialogue, finite_mean
 from normkit.rl.environments.search import SearchSession, SearchWorld, SearchWorldConfig
 from normkit.rl.imitation import imitate, write_dialogues
 from normkit.rl.presets import preset
+from normkit.rl.rollout import RolloutConfig
 from normkit.rl.trainer import Trainer
 from normkit.runs import read_json, read_table
 
@@ -57,9 +58,7 @@ class SearchTrainer(Trainer):
 def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train a chat model to search, scored on held-out questions before and after."""
     from normkit.rl.models import load_policy
-    from normkit.rl.rollout import RolloutConfig
 
-    console = Console()
     options, loss = preset(
         config.method,
         steps=config.steps,
@@ -83,7 +82,7 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         config.corpus,
         config.questions,
     )
-    logger = open_run(config, folder)
+    logger, console = open_run(config, folder)
     with console.status(f"loading {config.model}"):
         model, tokenizer = load_policy(config.model)
     trainer = SearchTrainer(
@@ -108,14 +107,14 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     if config.warm_start:
         if not has_checkpoint(folder / "checkpoint"):
             _warm_start(trainer, world, study, config, folder, console)
-        untaught = [d["scores"]["score"] for d in read_json(folder, "untaught.json")["dialogues"]]
+        untaught = [d["scores"]["score"] for d in read_json(folder, "untaught.json")["greedy"]]
         note = (
             f"{config.warm_start} updates of supervised learning on reference dialogues of "
             f"training questions came first; without them {study.score} is "
             f"{finite_mean(untaught):.3f}"
         )
         study = replace(study, notes=(note,))
-    return conduct(trainer, logger, study, console)
+    return conduct(trainer, folder, study, console)
 
 
 def _warm_start(

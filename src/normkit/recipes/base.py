@@ -122,5 +122,5 @@ def finish(logger: RunLogger, results: Mapping[str, Any], console: Console) -> M
     page = write_report(logger.folder)
     for line in results["summary"]:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"report: {page}")
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return results

@@ -20,31 +20,21 @@ one dialogue alone reached as having no advantage. See docs/papers/mapo.md.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from normkit.errors import InputError
-from normkit.files import write_json
 from normkit.recipes._mapo_claims import CLAIMS
-from normkit.recipes._mapo_language import MEASURED_LANGUAGE
+from normkit.recipes._mapo_heldout import MEASURED_LANGUAGE
 from normkit.recipes._mapo_measured import MEASURED
-from normkit.recipes.base import System, finish
-from normkit.report.plots import before_after, training_curves
+from normkit.recipes.base import System
 from normkit.rl.advantage import get_estimator
-from normkit.rl.dialogue import Dialogue
 from normkit.rl.environments.empa_cases import load_empa
 from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
 from normkit.rl.environments.epm import EPMConfig, RewardKind
 from normkit.rl.environments.scenario import Scenario, builtin_scenarios, load_scenarios
-from normkit.rl.loss import PolicyLossConfig
-from normkit.runs import RunLogger, process_rank, read_json, read_table
-from normkit.statistics import bootstrap_interval
 
 _MAPO_FAMILY = ("mapo", "turn", "batch", "batch-returns", "turn-baseline")
 """Estimators that share MAPO's options; others keep the defaults of their own papers."""
@@ -151,73 +141,15 @@ class Config:
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:
-    """Train a chat model on emotional-support dialogues, scored before and after.
-
-    In the tabular world: compare all estimators.
-    """
+    """Train a chat model on emotional-support dialogues, or compare estimators in a small world."""
+    config.validate()
     if config.world == "tabular":
         from normkit.recipes._mapo_tabular import run_tabular
 
         return run_tabular(config, folder)
-    from normkit.rl.checkpoint import has_checkpoint
-    from normkit.rl.models import load_policy
-    from normkit.rl.rollout import RolloutConfig
-    from normkit.rl.trainer import Trainer, TrainerConfig
+    from normkit.recipes._mapo_language import run_language
 
-    config.validate()
-    started = time.perf_counter()
-    # Under torchrun every process trains; the first one alone writes and speaks.
-    first = process_rank() == 0
-    console = Console(quiet=not first)
-    environment = make_environment(config, folder)
-    logger = RunLogger(folder) if first else None
-    if logger is not None and not (folder / "config.json").exists():
-        logger.config(config)
-    with console.status(f"loading {config.model}"):
-        model, tokenizer = load_policy(config.model)
-    trainer = Trainer(
-        model,
-        tokenizer,
-        environment,
-        TrainerConfig(
-            steps=config.steps,
-            groups=config.groups,
-            group_size=config.group_size,
-            estimator=config.estimator,
-            estimator_options=config.estimator_options,
-            learning_rate=config.learning_rate,
-            lora_rank=config.lora_rank,
-            mini_batches=config.mini_batches,
-            micro_batch_tokens=config.micro_batch_tokens,
-            autocast=config.dtype,
-            recompute=config.recompute,
-            evaluate_every=config.evaluate_every,
-            checkpoint_every=config.checkpoint_every,
-            seed=config.seed,
-        ),
-        RolloutConfig(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            dtype=config.dtype,
-        ),
-        PolicyLossConfig(kl_weight=config.kl),
-        logger,
-        _progress(console, config.steps),
-    )
-    if not (folder / "before.json").exists():
-        _evaluate(trainer, folder, "before", console)
-    if has_checkpoint(folder / "checkpoint"):
-        trainer.resume(folder / "checkpoint")
-        console.print(f"resumed after step {trainer.step}")
-    trainer.train(folder / "checkpoint", folder / "best")
-    _evaluate(trainer, folder, "after", console)
-    if config.save_hf is not None:
-        trainer.save_hf(config.save_hf)
-        console.print(f"model saved to {config.save_hf}")
-    if logger is None:
-        return {}
-    results = summarize(config, folder, time.perf_counter() - started)
-    return finish(logger, results, console)
+    return run_language(config, folder)
 
 
 def make_environment(config: Config, folder: Path) -> EmpathyEnvironment:
@@ -265,109 +197,6 @@ def _scenarios(config: Config) -> tuple[list[Scenario], list[Scenario]]:
         raise InputError(f"scenarios: {config.scenarios} must hold at least 3 scenarios")
     cut = len(own) - len(own) // 3
     return own[:cut], own[cut:]
-
-
-def summarize(config: Config, folder: Path, seconds: float) -> dict[str, Any]:
-    """Compare the evaluations before and after; write the plots and dialogue pairs."""
-    before, after = read_json(folder, "before.json"), read_json(folder, "after.json")
-    steps = read_table(folder)
-    rows: list[list[Any]] = []
-    intervals: dict[str, Any] = {}
-    for mode in ("greedy", "sampled"):
-        for metric in ("score", "closed", "stability"):
-            pairs = [
-                (a["scores"][metric], b["scores"][metric])
-                for a, b in zip(before[mode], after[mode], strict=True)
-                if a["scores"][metric] is not None and b["scores"][metric] is not None
-            ]
-            if not pairs:
-                continue
-            gain = bootstrap_interval([b - a for a, b in pairs])
-            means = [sum(p[i] for p in pairs) / len(pairs) for i in (0, 1)]
-            rows.append([mode, metric, *means, str(gain)])
-            intervals[f"{mode}_{metric}"] = {
-                "before": means[0],
-                "after": means[1],
-                "gain": gain.mean,
-                "low": gain.low,
-                "high": gain.high,
-                "n": gain.n,
-            }
-    training_curves(steps, folder / "plots" / "1_training.png", "score (EPM-Q)")
-    scores = [[d["scores"]["score"] or 0.0 for d in side["sampled"]] for side in (before, after)]
-    plot = folder / "plots" / "2_held-out.png"
-    before_after(scores[0], scores[1], plot, "score (EPM-Q)", "held-out scenarios")
-    logger = RunLogger(folder, tensorboard=False)
-    (folder / "pairs.jsonl").unlink(missing_ok=True)
-    pick = sorted(range(len(scores[0])), key=lambda i: scores[1][i] - scores[0][i])
-    chosen = [pick[-1], pick[len(pick) // 2], pick[0]]
-    logger.append("pairs", [_pair(before["sampled"][i], after["sampled"][i]) for i in chosen])
-    main = intervals.get("sampled_score", {})
-    masked = sum(row.get("masked_turns", 0) for row in steps)
-    per_step = [row["rollout_seconds"] + row["update_seconds"] for row in steps]
-    summary = [
-        f"{config.estimator} on {config.model}, judge {config.judge}: {len(steps)} steps of "
-        f"{config.groups} x {config.group_size} dialogues, {seconds / 60:.1f} minutes",
-        f"held-out score (EPM-Q, sampled) {main.get('before', math.nan):.2f} -> "
-        f"{main.get('after', math.nan):.2f}, paired gain {main.get('gain', math.nan):+.2f}, 95% "
-        f"interval [{main.get('low', math.nan):+.2f}, {main.get('high', math.nan):+.2f}] over "
-        f"{main.get('n', 0)} scenarios",
-        f"{sum(per_step) / max(len(per_step), 1):.1f} s a step; {masked} turns without a verdict",
-    ]
-    return {
-        "title": f"normkit run mapo: {config.estimator}",
-        "summary": summary,
-        "table": {"columns": ["replies", "metric", "before", "after", "paired gain"], "rows": rows},
-        "intervals": intervals,
-        "seconds": seconds,
-    }
-
-
-def _evaluate(trainer: Any, folder: Path, name: str, console: Console) -> None:
-    sides: dict[str, Any] = {}
-    for mode, greedy in (("greedy", True), ("sampled", False)):
-        with console.status(f"held-out scenarios {name} training, {mode}"):
-            dialogues: Sequence[Dialogue] = trainer.evaluate(greedy=greedy, seed=12345)
-        sides[mode] = [_record(d) for d in dialogues]
-        score = sum(d.scores["score"] for d in dialogues) / len(dialogues)
-        console.print(f"{name} training, {mode}: held-out score {score:.2f}")
-    if process_rank() == 0:
-        write_json(folder / f"{name}.json", sides)
-
-
-def _record(dialogue: Dialogue) -> dict[str, Any]:
-    turns = [{"message": t.message, "reply": t.reply, "reward": t.reward} for t in dialogue.turns]
-    return {"task": dialogue.task, "scores": dialogue.scores, "turns": turns}
-
-
-def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    def side(record: Mapping[str, Any]) -> dict[str, Any]:
-        return {"score": record["scores"]["score"], "turns": record["turns"]}
-
-    return {"task": before["task"], "before": side(before), "after": side(after)}
-
-
-def _progress(console: Console, steps: int) -> Any:
-    spent: list[float] = []
-
-    def report(phase: str, numbers: Mapping[str, Any]) -> None:
-        step = int(numbers["step"])
-        if phase == "evaluate":
-            console.print(f"step {step}/{steps}  held-out score {numbers['score']:.2f}")
-            return
-        spent.append(numbers["rollout_seconds"] + numbers["update_seconds"])
-        left = sum(spent[-5:]) / len(spent[-5:]) * (steps - step)
-        rewards = " ".join(f"{r:+.2f}" for r in numbers["reward_by_turn"])
-        console.print(
-            f"step {step}/{steps}  score {numbers['score']:.1f}  reward by turn {rewards}  "
-            f"clip {numbers['clip_fraction']:.2f}  kl {numbers['sampling_kl']:.4f}  "
-            f"grad {numbers['grad_norm']:.2f}  {numbers['sampled_tokens_per_second']:.0f} + "
-            f"{numbers['trained_tokens_per_second']:.0f} tokens/s  {left / 60:.1f} min left",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    return report
 
 
 SYSTEM = System(

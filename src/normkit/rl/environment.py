@@ -19,6 +19,9 @@ import numpy as np
 from normkit.errors import InputError
 
 Split = Literal["train", "heldout"]
+HELDOUT_SEED = 12345
+"""By which models are scored unless told otherwise, in a run and after it: on the same dialogues.
+"""
 
 
 @dataclass(frozen=True)
