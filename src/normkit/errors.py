@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class NormkitError(Exception):
     """A problem that the user can solve; the text says what to do.
@@ -28,3 +31,10 @@ class MissingDependencyError(NormkitError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'normkit[{extra}]'")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" for an unknown name that is close to a known one, else ""."""
+    plain = {other.lower().replace("_", "-"): other for other in known}
+    close = get_close_matches(name.lower().replace("_", "-"), plain, n=1)
+    return f" (did you mean {plain[close[0]]}?)" if close else ""

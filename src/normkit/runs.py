@@ -149,8 +149,10 @@ def read_json(folder: str | Path, name: str) -> dict[str, Any]:
     path = Path(folder) / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; is {folder} a run folder?") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
     if not isinstance(value, dict):

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 
-from normkit.errors import InputError
+from normkit.errors import InputError, meant
 from normkit.recipes.base import System
 
 
@@ -89,7 +89,8 @@ def entry(name: str) -> Entry:
     for line in CATALOGUE:
         if name == line.slug or name in line.aliases:
             return line
-    raise InputError(f"there is no system {name!r}; see: normkit list")
+    names = [known for line in CATALOGUE for known in (line.slug, *line.aliases)]
+    raise InputError(f"there is no system {name!r}{meant(name, names)}; see: normkit list")
 
 
 def load(name: str) -> System:

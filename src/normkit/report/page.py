@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from normkit.errors import MissingDependencyError
+from normkit.errors import InputError, MissingDependencyError
 from normkit.files import write_text
 from normkit.runs import read_json, read_table
 
@@ -26,7 +26,7 @@ def write_report(folder: str | Path) -> Path:
             the order of their names.
 
     Raises:
-        InputError: where the folder lacks the run's files.
+        InputError: where the folder lacks the run's files, or they are not a run's.
     """
     try:
         import jinja2
@@ -34,6 +34,8 @@ def write_report(folder: str | Path) -> Path:
         raise MissingDependencyError("jinja2", "report") from None
     folder = Path(folder)
     results = read_json(folder, "results.json")
+    if not isinstance(results.get("summary", []), list):
+        raise InputError(f"{folder / 'results.json'}: summary must be a list of lines")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("normkit", "report"), autoescape=True, trim_blocks=True
     )
