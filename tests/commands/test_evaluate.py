@@ -13,6 +13,7 @@ from normkit.errors import InputError, NormkitError
 from normkit.recipes import mapo
 from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
 from normkit.rl.environments.epm import EPMConfig
+from normkit.rl.environments.tool_tasks import make_tasks
 from normkit.rl.rollout import RolloutConfig
 from normkit.rl.trainer import Trainer, TrainerConfig
 from normkit.runs import RunLogger
@@ -294,3 +295,37 @@ def test_a_served_model_searches(capsys, tmp_path):
     assert record["end_reason"] == "success"
     assert [turn["reward"] for turn in record["turns"]] == [0, 1]
     assert record["turns"][1]["message"].startswith("<information>")
+
+
+def test_a_served_model_calls_tools(capsys, tmp_path):
+    """The server makes the calls of the reference, in the text and taken out of it by turns."""
+    tasks = {task.question: task for task in make_tasks("heldout")}
+
+    def reply(body, _n):
+        asked, *results = [m["content"] for m in body["messages"] if m["role"] == "user"]
+        if asked not in tasks:
+            return "ready"
+        task, turn = tasks[asked], len(results)
+        if task.id == "warmth-02" and turn == 1:
+            return Answer("too long", status=400)
+        if turn == len(task.gold):
+            return f"<think>Is it <answer>7</answer>?</think><answer>{task.answer}</answer>"
+        if turn:
+            assert results[-1] == f"<tool_response>{task.results[turn - 1]}</tool_response>"
+        call = task.gold[turn].to_json()
+        if turn % 2:
+            return f"<tool_call>{json.dumps(call)}</tool_call>"
+        call["arguments"] = json.dumps(call["arguments"])
+        return Answer(None, calls=[{"id": "1", "type": "function", "function": call}])
+
+    out = tmp_path / "figures.json"
+    with chat_server(reply) as server:
+        short = ["--limit", "4", "--repeats", "1", "--out", str(out)]
+        evaluate.main(["m", "--url", server.url, "--world", "tools", *short, "--json"])
+    found = json.loads(capsys.readouterr().out)["models"]["m"]
+    for mode in ("greedy", "sampled"):
+        assert found["measures"][f"tools solve-F1, {mode}"]["mean"] == 1
+        assert found["measures"][f"tools answer F1, {mode}"]["mean"] == 1
+        assert found["measures"][f"tools calls, {mode}"]["mean"] == 3
+    assert found["counts"]["tools"]["without_reply"] == 2
+    assert found["measures"]["tools calls, greedy"]["n"] == 3

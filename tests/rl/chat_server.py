@@ -12,9 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Answer:
-    """What the server does with one request: text of the model, or else a raw body."""
+    """What the server does with one request: text and calls of the model, or else a raw body."""
 
     text: str | None = "ok"
+    calls: list | None = None
     status: int = 200
     raw: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -27,7 +28,7 @@ class Answer:
             return self.raw
         if self.status != 200:
             return json.dumps({"error": {"message": self.text, "code": None}}).encode()
-        message = {"role": "assistant", "content": self.text}
+        message = {"role": "assistant", "content": self.text, "tool_calls": self.calls}
         return json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
 
 

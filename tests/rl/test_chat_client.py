@@ -494,6 +494,24 @@ def test_content_in_all_its_forms(tmp_path, content, text):
         assert chat.complete([ask_for("x")]) == [text]
 
 
+@pytest.mark.parametrize(
+    ("calls", "text"),
+    [
+        (None, "Wait."),
+        ([], "Wait."),
+        ("x", "Wait."),
+        (
+            [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}, 3],
+            'Wait.\n<tool_call>{"name": "f", "arguments": "{}"}</tool_call>\n'
+            "<tool_call>3</tool_call>",
+        ),
+    ],
+)
+def test_calls_that_the_server_took_out_of_a_reply_stand_in_it_again(calls, text):
+    with chat_server([Answer("Wait.", calls=calls)]) as server:
+        assert client(server.url).complete([ask_for("x")]) == [text]
+
+
 def test_half_a_surrogate_pair_in_a_message_is_sent_as_a_character():
     with chat_server(["ok"]) as server:
         assert client(server.url).complete([ask_for("a\ud800")]) == ["ok"]

@@ -280,14 +280,16 @@ class OpenAIChat:
 
     def _text(self, response: httpx.Response) -> str:
         try:
-            content = response.json()["choices"][0]["message"].get("content")
+            message = response.json()["choices"][0]["message"]
+            content, calls = message.get("content"), _written(message.get("tool_calls"))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise _TransientError(
                 f"{self._endpoint} answered with something other than a chat completion"
             ) from None
         if isinstance(content, list):  # content in parts
             content = "".join(str(p.get("text") or "") for p in content if isinstance(p, dict))
-        return without_reasoning(plain_text(str(content or "")))
+        said = without_reasoning(plain_text(str(content or "")))
+        return "\n".join(filter(None, (said, *calls)))
 
     def _refusal(self, response: httpx.Response, batch: _Batch) -> _RequestError:
         """Say what a response other than 200 means for this request and for the others."""
@@ -374,6 +376,13 @@ class _AnswerCache:
             write_json(self._path(key), {"key": key, "model": model, "answer": answer})
         except OSError as error:
             _log.warning("an answer was not kept in %s: %s", self.folder, error)
+
+
+def _written(tool_calls: Any) -> list[str]:
+    """Tool calls that the server took out of the reply, as Qwen and Hermes write them in it."""
+    calls = tool_calls if isinstance(tool_calls, list) else []
+    bodies = [call.get("function", call) if isinstance(call, dict) else call for call in calls]
+    return [f"<tool_call>{json.dumps(body)}</tool_call>" for body in bodies]
 
 
 def _endpoint(url: str) -> str:
