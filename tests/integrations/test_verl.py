@@ -15,7 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normkit.errors import InputError, MissingDependencyError
-from normkit.integrations.verl import REGISTERED, register, verl_advantage, verl_name
+from normkit.integrations.verl import (
+    REGISTERED,
+    register,
+    turn_gae_advantage,
+    verl_advantage,
+    verl_name,
+)
 from normkit.integrations.verl_loss import grid_loss
 from normkit.rl.advantage import ESTIMATORS, estimate
 from normkit.rl.loss import PolicyLossConfig, policy_loss
@@ -23,6 +29,7 @@ from normkit.rl.token_grid import turns_of_mask
 from tests.rl.grids import grids, looped_rows
 
 ROOT = Path(__file__).parents[2]
+WITHOUT_CRITIC = [verl_name(name) for name, e in ESTIMATORS.items() if not e.needs]
 
 
 def directly(name, reward, mask, turn, index, **options):
@@ -46,7 +53,7 @@ def directly(name, reward, mask, turn, index, **options):
     return out
 
 
-@given(grids(), st.booleans(), st.sampled_from(list(REGISTERED)), st.data())
+@given(grids(), st.booleans(), st.sampled_from(WITHOUT_CRITIC), st.data())
 @settings(max_examples=150, deadline=None)
 def test_tokens_get_what_the_rows_of_a_loop_get(grid, explicit, name, data):
     reward, mask, turn = grid
@@ -141,12 +148,72 @@ def test_bad_input_is_refused():
     seats = {"agent": np.zeros(3)}
     with pytest.raises(InputError, match="agent must have one element per dialogue"):
         verl_advantage("mars", reward, torch.ones(2, 3), np.zeros(2), non_tensor_batch=seats)
-    with pytest.raises(InputError, match="'ppo' needs a critic"):
-        verl_advantage("ppo", reward, torch.ones(2, 3), np.zeros(2))
+    values = torch.zeros(2, 4)
+    with pytest.raises(InputError, match="values must have the shape of the mask"):
+        verl_advantage("ppo", reward, torch.ones(2, 3), np.zeros(2), values=values)
 
 
-def test_every_estimator_without_a_critic_has_a_plain_name():
-    assert len(REGISTERED) == sum(not e.needs for e in ESTIMATORS.values())
+def test_without_values_ppo_says_how_to_get_them():
+    with pytest.raises(InputError, match=r"adv_estimator=gae and .*verl_turn_gae"):
+        REGISTERED["normkit_ppo"](
+            token_level_rewards=torch.zeros(2, 3),
+            response_mask=torch.ones(2, 3),
+            index=np.zeros(2),
+            config={"gamma": 1.0},
+        )
+
+
+def looped_gae(rows, values, mask, turn, gamma, lam):
+    """Raw advantage and value before each turn, turn by turn from the last."""
+    first = {}
+    for b, k in torch.nonzero(mask).tolist():
+        first.setdefault((b, int(turn[b, k])), float(values[b, k]))
+    place = {(b, t): i for i, (b, t, _) in enumerate(rows)}
+    found = {}
+    for b, t, reward in reversed(rows):
+        value, ahead = first[b, t], first.get((b, t + 1), 0.0)
+        delta = reward + gamma * ahead - value
+        found[b, t] = (delta + gamma * lam * found.get((b, t + 1), (0.0,))[0], value)
+    return place, found
+
+
+@given(grids(), st.floats(0.5, 1), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_gae_by_turns_is_that_of_a_loop(grid, gamma, lam):
+    reward, mask, _ = grid
+    turn = turns_of_mask(mask)
+    values = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    advantage, returns = turn_gae_advantage(reward, values, mask.long(), gamma, lam)
+    assert not bool(advantage[~mask].any())
+    if not bool(mask.any()):
+        return
+    rows = looped_rows(reward, mask, turn)
+    place, found = looped_gae(rows, values, mask, turn, gamma, lam)
+    raw = np.array([found[key][0] for key in place])
+    spread = raw.std() if len(raw) > 1 else 1.0
+    for b, k in torch.nonzero(mask).tolist():
+        key = b, int(turn[b, k])
+        assert float(returns[b, k]) == pytest.approx(sum(found[key]), abs=1e-4)
+        if spread > 1e-3:
+            expected = (raw[place[key]] - raw.mean()) / spread
+            assert float(advantage[b, k]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_without_a_verdict_values_are_left_alone():
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 1, 0]])
+    reward = torch.tensor([[0, 2, 0, 0, torch.nan], [1.0, 0, 0, 3, 0]])
+    values = torch.arange(10.0).reshape(2, 5)
+    advantage, returns = turn_gae_advantage(reward, values, mask, 1.0, 1.0)
+    assert not bool(advantage[0, 3:].any())
+    assert returns[0, 3:].tolist() == values[0, 3:].tolist()
+    assert bool(torch.isfinite(advantage).all())
+    # The turn without a verdict counts as the mean of its dialogue's: 2 + 2, and 1 + 3.
+    assert returns[:, 0].tolist() == pytest.approx([4, 4])
+    assert returns[1, 2:].tolist() == pytest.approx([3, 3, 0])
+
+
+def test_every_estimator_has_a_plain_name():
+    assert len(REGISTERED) == len(ESTIMATORS)
     assert "normkit_reinforce_plus_plus" in REGISTERED
     assert all(name.replace("_", "").isalnum() for name in REGISTERED)
 

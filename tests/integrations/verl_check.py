@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
+import threading
+import time
+from importlib import import_module
 from pathlib import Path
 
 import hydra
@@ -14,16 +18,24 @@ from verl import DataProto
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import compute_advantage
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.workers.config.actor import ActorConfig
 from verl.workers.rollout.replica import TokenOutput
 
-from normkit.integrations.verl import REGISTERED, register
+from normkit.errors import InputError, NormkitError
+from normkit.integrations.verl import (
+    REGISTERED,
+    credit_turns_by_gae,
+    register,
+    turn_gae_advantage,
+)
 from normkit.integrations.verl_agent import WorldAgentLoop
 from normkit.integrations.verl_loss import TURN_PPO, verl_turn_loss
 from normkit.rl.advantage import ESTIMATORS, estimate, to_tokens
 from normkit.rl.token_grid import grid_turns
-from tests.rl.talk import ScriptedWorld
-from tests.rl.tiny import tiny_tokenizer
+from tests.rl.talk import LateWorld, ScriptedWorld
+from tests.rl.tiny import tiny_model, tiny_tokenizer
 
 
 def batch(seed):
@@ -59,6 +71,9 @@ def main():
     for name, function in REGISTERED.items():
         assert core_algos.get_adv_estimator_fn(name) is function
         ours = ESTIMATORS[function.args[0]]
+        if ours.needs:
+            refused(name, config)
+            continue
         options = {"gamma": 0.9} if "gamma" in ours.options else {}
         for seed in range(20):
             data, flat, turn_row = batch(seed)
@@ -66,11 +81,58 @@ def main():
             expected = to_tokens(estimate(ours.name, *flat, **options), turn_row)
             worst = max(worst, float((found.batch["advantages"] - expected).abs().max()))
     assert worst < 1e-5, worst
+    credited_by_turns(config)
     losses()
     played()
+    together()
     example = Path(__file__).parents[2] / "examples" / "verl_mapo.yaml"
     compose(example)
     print(f"verl {verl.__version__}: {len(REGISTERED)} estimators, largest difference {worst:.1e}")
+
+
+def refused(name, config):
+    """Without a critic's values verl cannot credit by it; the error says what to set."""
+    said = ""
+    try:
+        compute_advantage(batch(0)[0], adv_estimator=name, gamma=0.9, config=config)
+    except InputError as error:
+        said = str(error)
+    assert "verl_turn_gae" in said
+
+
+def credited_by_turns(config):
+    """verl's "gae" before and after its function is replaced."""
+    data, flat, turn_row = batch(0)
+    rows = torch.nonzero(turn_row >= 0)
+    alone = turn_row.clone()  # every token a turn of its own, and every other one the user's
+    alone[:, 1::2] = -1
+    single = DataProto.from_dict(
+        tensors={
+            "token_level_rewards": data.batch["token_level_rewards"] * (alone >= 0),
+            "response_mask": (alone >= 0).long(),
+            "values": torch.randn(alone.shape, generator=torch.Generator().manual_seed(1)),
+        }
+    )
+    options = {"adv_estimator": "gae", "gamma": 0.9, "lam": 0.8, "config": config}
+    theirs = compute_advantage(single[:], **options).batch
+    import_module("normkit.integrations.verl_turn_gae")
+    credit_turns_by_gae()  # a second time
+    assert core_algos.compute_gae_advantage_return is turn_gae_advantage
+    ours = compute_advantage(single[:], **options).batch
+    there = alone >= 0
+    for name, tolerance in (("returns", 1e-5), ("advantages", 1e-2)):  # verl's variance is unbiased
+        torch.testing.assert_close(
+            ours[name][there], theirs[name][there], atol=tolerance, rtol=tolerance
+        )
+    values = torch.randn(turn_row.shape, generator=torch.Generator().manual_seed(2))
+    data.batch["values"] = values
+    found = compute_advantage(data, **options).batch
+    first = {int(turn_row[b, k]): float(values[b, k]) for b, k in rows.flip(0).tolist()}
+    before = torch.tensor([first[n] for n in range(len(first))], dtype=torch.float64)
+    for name, whiten in (("advantages", True), ("returns", False)):
+        expected = estimate("ppo", *flat, value=before, gamma=0.9, lam=0.8, whiten=whiten)
+        expected = to_tokens(expected if whiten else expected + before, turn_row)
+        torch.testing.assert_close(found[name].double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def losses():
@@ -123,26 +185,50 @@ def make_world():
     return ScriptedWorld(max_turns=3)
 
 
+def make_late_world():
+    return LateWorld(max_turns=3)
+
+
+class BatchedWorld(ScriptedWorld):
+    """Remembers the size of its batches and the thread that it was asked in; fails on demand."""
+
+    def __init__(self):
+        super().__init__(max_turns=3)
+        self.made, self.sizes, self.threads = threading.get_ident(), [], set()
+
+    def step(self, sessions, replies):
+        time.sleep(0.01)
+        self.sizes.append(len(sessions))
+        self.threads.add(threading.get_ident())
+        if any(session.task == "broken" for session in sessions):
+            raise NormkitError("the judge is gone")
+        return super().step(sessions, replies)
+
+
+def start(world, room, server):
+    settings = {"actor_rollout_ref": {"rollout": {"response_length": room, "prompt_length": 200}}}
+    return WorldAgentLoop(
+        trainer_config=DictConfigWrap(OmegaConf.create(settings)),
+        server_manager=server,
+        tokenizer=server.tokenizer,
+        processor=None,
+        dataset_cls=None,
+        data_config=DictConfigWrap(OmegaConf.create({})),
+        environment=f"{__name__}:{world}",
+        max_new_tokens=8,
+    )
+
+
+def example(task, number=0):
+    return {"extra_info": {"task": task}, "uid": "u", "session_id": number}
+
+
 def played():
     """A dialogue of our agent loop: one row that holds what was said, and its rewards by turn."""
-    tokenizer = tiny_tokenizer()
-    settings = {"actor_rollout_ref": {"rollout": {"response_length": 400, "prompt_length": 200}}}
 
-    async def play(room):
-        settings["actor_rollout_ref"]["rollout"]["response_length"] = room
-        server = Server(tokenizer)
-        loop = WorldAgentLoop(
-            trainer_config=DictConfigWrap(OmegaConf.create(settings)),
-            server_manager=server,
-            tokenizer=tokenizer,
-            processor=None,
-            dataset_cls=None,
-            data_config=DictConfigWrap(OmegaConf.create({})),
-            environment=f"{__name__}:make_world",
-            max_new_tokens=8,
-        )
-        example = {"extra_info": {"task": "talk"}, "uid": "u", "session_id": 0}
-        return server, await loop.run({"logprobs": True}, **example)
+    async def play(room, world="make_world"):
+        server = Server(tiny_tokenizer())
+        return server, await start(world, room, server).run({"logprobs": True}, **example("talk"))
 
     server, output = asyncio.run(play(400))
     fields = output.as_dict()
@@ -157,15 +243,67 @@ def played():
     _, short = asyncio.run(play(20))
     assert len(short.response_ids) <= 20
     assert len(short.turn_rewards) < 3
+    _, late = asyncio.run(play(400, "make_late_world"))
+    assert late.turn_rewards == [30.0, 31.0, 32.0]
+
+
+def together():
+    """Dialogues side by side: answered in one thread, several at once; a failure reaches each."""
+    server = Server(tiny_tokenizer())
+
+    async def play(names):
+        loops = [start("BatchedWorld", 400, server) for _ in names]
+        plays = [loops[i].run({}, **example(name, i)) for i, name in enumerate(names)]
+        return loops[0].world, await asyncio.gather(*plays, return_exceptions=True)
+
+    shared, outputs = asyncio.run(play(["talk"] * 8))
+    assert [output.turn_rewards for output in outputs] == [[1.0, 2.0, 3.0]] * 8
+    world = shared._world
+    assert world.threads == {world.made} != {threading.get_ident()}
+    assert sum(world.sizes) == 24
+    assert max(world.sizes) > 2
+    _, (lost,) = asyncio.run(play(["broken"]))
+    assert isinstance(lost, NormkitError)
+    _, (fine,) = asyncio.run(play(["talk"]))
+    assert fine.turn_rewards == [1.0, 2.0, 3.0]
+    _, (nameless,) = asyncio.run(play([None]))
+    assert isinstance(nameless, InputError)
+    server.generate = silent
+    _, (unsaid,) = asyncio.run(play(["talk"]))
+    assert isinstance(unsaid, NormkitError)
+
+
+async def silent(request_id, prompt_ids, sampling_params):
+    return TokenOutput(token_ids=[], log_probs=[])
+
+
+TURN_PPO_RUN = (
+    "algorithm.adv_estimator=gae",
+    "algorithm.gamma=1.0",
+    f"actor_rollout_ref.actor.policy_loss.loss_mode={TURN_PPO}",
+    "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
+)
+"""What docs/guides/cluster.md adds to the example for Turn-PPO."""
 
 
 def compose(example):
-    """The example must be a configuration that verl's own files compose to."""
+    """The example must be a configuration that verl's own files compose to and its checks pass."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    with initialize_config_dir(str(example.parent), version_base=None):
-        config = hydra_compose(example.stem)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tiny_tokenizer()
+        tiny_model(tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        with initialize_config_dir(str(example.parent), version_base=None):
+            model = f"actor_rollout_ref.model.path={folder}"
+            config = hydra_compose(example.stem, [model])
+            critic = f"critic.model.path={folder}"
+            turn_ppo = hydra_compose(example.stem, [model, critic, *TURN_PPO_RUN])
+        for one, with_critic in ((config, False), (turn_ppo, True)):
+            assert need_critic(one) == with_critic
+            validate_config(one, need_reference_policy(one), with_critic)
+        assert omega_conf_to_dataclass(turn_ppo.critic).loss_agg_mode == "seq-mean-token-mean"
     assert config.algorithm.adv_estimator in REGISTERED
     assert config.trainer.use_v1
     agents = OmegaConf.load(example.with_name("verl_agent.yaml"))

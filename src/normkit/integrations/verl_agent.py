@@ -13,18 +13,22 @@ Each example of the data names its task in ``extra_info: {"task": ...}``. Writte
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import math
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
 
-from normkit.errors import InputError, MissingDependencyError
+from normkit.errors import InputError, MissingDependencyError, NormkitError
 from normkit.rl.chat_format import ChatFormat
-from normkit.rl.environment import Environment, Reply
+from normkit.rl.environment import Environment, Reply, SeatedEnvironment, Step
 
 try:
     from verl.experimental.agent_loop import AgentLoopBase, AgentLoopOutput
@@ -32,6 +36,9 @@ except ModuleNotFoundError as error:
     if error.name != "verl":
         raise
     raise MissingDependencyError("verl", "verl") from None
+
+
+T = TypeVar("T")
 
 
 class TurnOutput(AgentLoopOutput):  # type: ignore[misc]
@@ -67,7 +74,7 @@ class WorldAgentLoop(AgentLoopBase):  # type: ignore[misc]
 
     def __init__(self, *args: Any, environment: str, max_new_tokens: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.environment = load_environment(environment)
+        self.world = shared_world(environment)
         self.max_new_tokens = max_new_tokens
         self.format = ChatFormat(self.tokenizer)
 
@@ -77,10 +84,17 @@ class WorldAgentLoop(AgentLoopBase):  # type: ignore[misc]
         Args:
             sampling_params: verl's.
             kwargs: the example: ``extra_info`` with ``task``, and verl's ``uid``, ``session_id``.
+
+        Raises:
+            InputError: for an example without a task.
+            NormkitError: when the server gives up before the first reply.
         """
+        task = (kwargs.get("extra_info") or {}).get("task")
+        if task is None:
+            raise InputError("extra_info of an example must name its task")
         room = int(self.rollout_config.response_length)
         seed = zlib.crc32(f"{kwargs.get('uid')} {kwargs.get('session_id')}".encode())
-        session = self.environment.start(kwargs["extra_info"]["task"], seed)
+        session = await self.world.call(lambda world: world.start(task, seed))
         prompt = self.format.opening(session.system, session.message)
         response: list[int] = []
         mask: list[int] = []
@@ -101,10 +115,7 @@ class WorldAgentLoop(AgentLoopBase):  # type: ignore[misc]
             mask += [1] * len(ids)
             logprobs += list(output.log_probs or [0.0] * len(ids))[: len(ids)]
             reply = Reply(self.format.decode(ids), ids[-1] not in self.format.end_ids)
-            # A judge may take seconds; other dialogues go on meanwhile.
-            (step,) = await self.loop.run_in_executor(
-                None, self.environment.step, [session], [reply]
-            )
+            step = await self.world.step(session, reply)
             rewards.append(step.reward)
             ends.append(len(response) - 1)
             if step.message is None:
@@ -115,9 +126,11 @@ class WorldAgentLoop(AgentLoopBase):  # type: ignore[misc]
             response += following
             mask += [0] * len(following)
             logprobs += [0.0] * len(following)
-        if rewards:  # what a world pays earlier turns may change up to the last
-            rewards = list(step.info.get("turn_rewards", rewards))
-        score = self.environment.score(session)["score"]
+        if not rewards:
+            raise NormkitError(f"verl: its server gave up before the first reply of {task!r}")
+        # What a world pays earlier turns may change up to the last (normkit.rl.dialogue.settle).
+        rewards = list(step.info.get("turn_rewards", rewards))
+        scores = await self.world.call(lambda world: world.score(session))
         return TurnOutput(
             prompt_ids=prompt,
             response_ids=response,
@@ -128,16 +141,69 @@ class WorldAgentLoop(AgentLoopBase):  # type: ignore[misc]
             metrics={},
             turn_rewards=rewards,
             turn_ends=ends,
-            extra_fields={"reward_extra_info": {"score": score}},
+            extra_fields={"reward_extra_info": {"score": scores["score"]}},
         )
 
 
-@cache
-def load_environment(place: str) -> Environment[Any]:
-    """Call the function at ``"module:function"``, once a process.
+class SharedWorld:
+    """The world of a process's dialogues, in a thread of its own.
+
+    A judge may take seconds; verl's other dialogues go on meanwhile. Replies that come in while the
+    world is busy are then answered together, so that a judge sees several at once.
+
+    Args:
+        environment: where to find a function that returns the world: ``"module:function"``.
 
     Raises:
-        InputError: when there is no such function.
+        InputError: when there is no such function, or the world has seats.
+    """
+
+    def __init__(self, environment: str) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: SimpleQueue[tuple[Any, Reply, Future[Step]]] = SimpleQueue()
+        self._world = self._thread.submit(load_environment, environment).result()
+
+    async def call(self, function: Callable[[Environment[Any]], T]) -> T:
+        """What a function of the world returns."""
+        return await asyncio.wrap_future(self._thread.submit(function, self._world))
+
+    async def step(self, session: Any, reply: Reply) -> Step:
+        """The world's answer to a reply."""
+        answer: Future[Step] = Future()
+        self._waiting.put((session, reply, answer))
+        self._thread.submit(self._answer)
+        return await asyncio.wrap_future(answer)
+
+    def _answer(self) -> None:
+        """Answer all replies that wait."""
+        waiting = []
+        try:
+            while True:
+                waiting.append(self._waiting.get_nowait())
+        except Empty:
+            waiting = [one for one in waiting if one[2].set_running_or_notify_cancel()]
+        if not waiting:
+            return
+        sessions, replies, answers = zip(*waiting, strict=True)
+        try:
+            steps = dict(zip(answers, self._world.step(sessions, replies), strict=True))
+        except Exception as error:  # whatever it is, the dialogues that wait must hear of it
+            for answer in answers:
+                answer.set_exception(error)
+            return
+        for answer, step in steps.items():
+            answer.set_result(step)
+
+
+shared_world = cache(SharedWorld)
+"""One world a process for each place."""
+
+
+def load_environment(place: str) -> Environment[Any]:
+    """Call the function at ``"module:function"``.
+
+    Raises:
+        InputError: when there is no such function, or the world has seats.
     """
     module, _, name = place.partition(":")
     try:
@@ -147,4 +213,6 @@ def load_environment(place: str) -> Environment[Any]:
             f"environment must be 'module:function', got {place!r} ({error})"
         ) from error
     world: Environment[Any] = make()
+    if isinstance(world, SeatedEnvironment):
+        raise InputError(f"environment: {place!r} has seats, and verl's loop plays one dialogue")
     return world
