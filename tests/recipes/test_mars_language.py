@@ -10,8 +10,12 @@ import pytest
 pytest.importorskip("pyspiel")
 
 from normkit.errors import InputError
-from normkit.recipes._mars_language import run_language
-from normkit.recipes.mars import Config
+from normkit.recipes._mars_language import _PooledTrainer, run_language
+from normkit.recipes.mars import Config, run
+from normkit.rl.environments.games import GameWorld
+from normkit.rl.rollout import RolloutConfig
+from normkit.rl.trainer import Trainer
+from normkit.rl.trainer_config import TrainerConfig
 from normkit.runs import read_json, read_table
 from tests.rl.tiny import tiny_model, tiny_tokenizer
 
@@ -90,6 +94,27 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(config, finished, tmp_
     assert before != after
 
 
+@pytest.mark.parametrize(("trainer", "advantage"), [(Trainer, 0.0), (_PooledTrainer, 1.0)])
+def test_seats_are_compared_apart_or_pooled(trainer, advantage):
+    """Every first seat wins and every second one loses: news only to who compares both."""
+    tokenizer = tiny_tokenizer()
+    made = trainer(
+        tiny_model(tokenizer),
+        tokenizer,
+        GameWorld(),
+        TrainerConfig(steps=1, estimator="mars"),
+        RolloutConfig(max_new_tokens=4, dtype="float32"),
+    )
+    played = []
+    for seat in (0, 1, 0, 1):
+        world = GameWorld(opponent="random", seat=seat)
+        (dialogue,) = made.rollout.run(world, [("kuhn_poker", 0, len(played))])
+        (turn,) = dialogue.turns
+        turn.reward = 1.0 if seat == 0 else -1.0
+        played.append(replace(dialogue, index=len(played)))
+    assert made.update(played)["advantage_abs"] == pytest.approx(advantage)
+
+
 def test_warm_up_and_adapters_exclude_each_other(config, tmp_path):
     with pytest.raises(InputError, match="warm_up"):
         run_language(replace(config, lora_rank=4), tmp_path)
@@ -97,3 +122,19 @@ def test_warm_up_and_adapters_exclude_each_other(config, tmp_path):
         replace(config, lora_rank=4, warm_up=0, steps=1, evaluation_games=1), tmp_path
     )
     assert math.isfinite(results["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"estimator": "mers"}, "estimator must be one of"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"opponents": ("stockfish",)}, "opponent must be"),
+        ({"heldout": ("kuhn_poker",)}, "no game twice"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_loaded(config, tmp_path, options, says):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match=says):
+        run(replace(config, model="no such model", **options), folder)
+    assert not folder.exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from normkit.recipes._language import Played, Study, conduct, open_run, progress
 from normkit.report.plots import figure
 from normkit.rl.chat_format import ChatFormat
 from normkit.rl.checkpoint import has_checkpoint
+from normkit.rl.dialogue import Dialogue
 from normkit.rl.environments.arena import Arena, pairings
 from normkit.rl.environments.game_policy import LanguagePolicy
 from normkit.rl.environments.games import GameSession, GameWorld
@@ -46,37 +48,32 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
 
     if config.warm_up and config.lora_rank:
         raise InputError("warm_up trains all weights; with lora_rank it must be 0")
-    logger, console = open_run(config, folder)
+    # Bad options are named before a model is loaded and warmed up.
+    training = _trainer_config(config)
+    sampling = RolloutConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     world = GameWorld(config.games, heldout=())
     arena = Arena(pairings((*config.games, *config.heldout), config.opponents))
     labels = arena.tasks("train")
+    logger, console = open_run(config, folder)
     with console.status(f"loading {config.model}"):
         model, tokenizer = load_policy(config.model)
     if config.warm_up and not has_checkpoint(folder / "checkpoint"):
         with console.status("imitating random legal moves"):
             losses = _warm_up(model, ChatFormat(tokenizer), config)
         tell_lessons(console, "random legal moves", losses)
-    trainer = Trainer(
+    trainer = (_PooledTrainer if config.pool_seats else Trainer)(
         model,
         tokenizer,
         world,
-        TrainerConfig(
-            steps=config.steps,
-            # One group a game: turns are compared within a game and seat.
-            groups=len(config.games),
-            group_size=config.group_size,
-            estimator=config.estimator,
-            learning_rate=config.learning_rate,
-            lora_rank=config.lora_rank,
-            seed=config.seed,
-        ),
-        RolloutConfig(max_new_tokens=config.max_new_tokens),
+        training,
+        sampling,
         logger=logger,
         report=progress(console, "return"),
     )
+    credit = f"{config.estimator}{', seats pooled' if config.pool_seats else ''}"
     study = Study(
-        title=f"normkit run mars: {config.estimator}, self-play in {len(config.games)} games",
-        about=f"{config.estimator} on {config.model}, {config.warm_up} updates of warm-up",
+        title=f"normkit run mars: {credit}, self-play in {len(config.games)} games",
+        about=f"{credit} on {config.model}, {config.warm_up} updates of warm-up",
         score="return",
         metrics=("score", "illegal", *labels, f"exploitability in {EXACT}", "legal share there"),
         play=partial(_play, arena=arena, count=config.evaluation_games),
@@ -85,6 +82,26 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         notes=["returns in the game's own points; an illegal move loses the stake"],
     )
     return conduct(trainer, folder, study, console)
+
+
+def _trainer_config(config: Config) -> TrainerConfig:
+    return TrainerConfig(
+        steps=config.steps,
+        # One group a game: turns are compared within a game and seat.
+        groups=len(config.games),
+        group_size=config.group_size,
+        estimator=config.estimator,
+        learning_rate=config.learning_rate,
+        lora_rank=config.lora_rank,
+        seed=config.seed,
+    )
+
+
+class _PooledTrainer(Trainer):
+    """Compares the turns of all seats of a game with one another: the control."""
+
+    def update(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+        return super().update([replace(dialogue, agent=0) for dialogue in dialogues])
 
 
 class _Lessons(GameWorld):

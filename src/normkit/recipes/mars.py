@@ -8,7 +8,7 @@ MARS: Reinforcing Multi-Agent Reasoning of LLMs through Self-Play in Strategic G
 Run it::
 
     normkit run mars                    # small policies in Kuhn, Leduc and Mini Hanabi
-    normkit run mars --world language   # SmolLM2-135M plays against itself
+    normkit run mars --world language   # SmolLM2-135M plays against itself, twelve minutes
     normkit verify mars --measured      # the paper's statements as checks
 
 Differences from the authors' code: the published estimator, which theirs approaches by two
@@ -18,14 +18,10 @@ the small policies are not pulled to a reference.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.console import Console
-from rich.progress import Progress
 
 from normkit.errors import InputError
 from normkit.recipes._mars_claims import CLAIMS
@@ -41,9 +37,9 @@ from normkit.recipes._mars_measured import (
     gain,
 )
 from normkit.recipes._mars_tree import GAMES
-from normkit.recipes.base import System, finish
+from normkit.recipes._trials import keep_each
+from normkit.recipes.base import Run, System
 from normkit.report.plots import figure
-from normkit.runs import RunLogger
 from normkit.statistics import bootstrap_interval
 
 Trials = Mapping[str, Mapping[str, Trial]]
@@ -75,12 +71,14 @@ class Config:
         hanabi_rates: learning rates to choose from in Mini Hanabi.
         model: "smollm2", or any chat model of transformers (this and what follows: language).
         estimator: how turns are credited.
+        pool_seats: compare the turns of all seats of a game with one another, as a control.
         steps: rollout-and-update rounds.
         warm_up: updates of imitating random legal moves before them; 0 for none.
         games: games that the model learns from.
         heldout: games that it only plays.
         group_size: games of each kind per step, a dialogue for each seat.
         max_new_tokens: length limit of a reply.
+        temperature: that replies are sampled at, in training and in evaluation.
         learning_rate: of AdamW.
         lora_rank: rank of LoRA adapters; 0 trains all weights, as the warm-up does.
         opponents: who the model is measured against, where they can play.
@@ -100,16 +98,18 @@ class Config:
     hanabi_rates: tuple[float, ...] = (0.001, 0.002, 0.004)
     model: str = "smollm2"
     estimator: str = "mars"
-    steps: int = 12
-    warm_up: int = 24
+    pool_seats: bool = False
+    steps: int = 8
+    warm_up: int = 12
     games: tuple[str, ...] = ("tic_tac_toe", "kuhn_poker", "mini_hanabi")
     heldout: tuple[str, ...] = ("connect_four", "leduc_poker", "simple_hanabi")
     group_size: int = 6
     max_new_tokens: int = 16
+    temperature: float = 0.6
     learning_rate: float = 2e-5
     lora_rank: int = 0
     opponents: tuple[str, ...] = ("random", "mcts", "cfr")
-    evaluation_games: int = 12
+    evaluation_games: int = 4
     seed: int = 0
 
     @property
@@ -119,8 +119,8 @@ class Config:
             self.seeds,
             self.tuning_seeds,
             self.updates,
-            self.batch_games,
             self.rates,
+            self.batch_games,
             self.batches,
             self.hanabi_seeds,
             self.hanabi_updates,
@@ -138,6 +138,8 @@ class Config:
         _ = self.plan  # checks the rest of the tabular world
         if not self.games:
             raise InputError("games must name at least one game")
+        if len({*self.games, *self.heldout}) < len(self.games) + len(self.heldout):
+            raise InputError("games and heldout must name no game twice")
         for name in ("steps", "group_size", "max_new_tokens", "evaluation_games"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -152,25 +154,17 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
         from normkit.recipes._mars_language import run_language
 
         return run_language(config, folder)
-    started = time.perf_counter()
-    console = Console()
-    logger = RunLogger(folder)
-    logger.begin(config)
-    trials: dict[str, dict[str, Trial]] = {}
-    with Progress(console=console) as progress:
-        task = progress.add_task("estimating gradients", total=len(GAMES) * len(ARMS) + len(HANABI))
+    run = Run(config, folder)
+    with run.console.status("estimating gradients"):
         qualities = {s: study(s, config.batches, config.seed) for s in SETTINGS}
-        for step, trial in enumerate(_all_trials(config.plan, config.seed), 1):
-            trials.setdefault(trial.game, {})[trial.name] = trial
-            logger.append("trials", [asdict(trial)])
-            logger.log(step, _brief(trial))
-            told = f"{trial.game}: {trial.name} at rate {trial.rate:g}"
-            progress.update(task, advance=1, description=told)
-    results = summarize(config, trials, qualities, time.perf_counter() - started)
+    trials: dict[str, dict[str, Trial]] = {}
+    made, total = _all_trials(config.plan, config.seed), len(GAMES) * len(ARMS) + len(HANABI)
+    for trial in keep_each(run, made, total, "playing", _brief):
+        trials.setdefault(trial.game, {})[trial.name] = trial
     plot_poker(trials, folder / "plots" / "1_exploitability.png")
     plot_gradients(qualities, folder / "plots" / "2_gradients.png")
     plot_hanabi(trials["hanabi"], folder / "plots" / "3_hanabi.png")
-    return finish(logger, results, console)
+    return run.finish(summarize(config, trials, qualities, run.seconds))
 
 
 def _all_trials(plan: Plan, seed: int) -> Iterator[Trial]:
