@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from normkit.errors import InputError
 from normkit.rl.advantage import estimate
 from normkit.rl.environment import Reply
 from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
@@ -166,6 +167,60 @@ def test_the_model_reads_what_the_tools_return(tmp_path):
             assert f"<tool_response>\n{result}" in text
     assert "error: weekday takes day" in text
     assert "Tool nothing not found." in text
+
+
+class Recited:
+    """TRL's generation of one round, replaced: the next reply of the dialogue so far."""
+
+    def __init__(self, dialogues):
+        self.rows = {
+            tuple(d.segments[0].token_ids[:start]): d.segments[0].token_ids[start:stop]
+            for d in dialogues
+            for _, start, stop in d.segments[0].spans
+        }
+
+    def __call__(self, prompt_ids, images, fields, num_generations, has_tool_images=False):
+        return [list(self.rows[tuple(ids)]) for ids in prompt_ids], None
+
+
+def test_reference_dialogues_are_what_trl_would_have_written(tmp_path):
+    world = ToolWorld(ToolWorldConfig(max_turns=8))
+    trainer = make(tmp_path, world)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    tasks = sorted({example["task"] for example in inputs})
+    dialogues = tools.reference_dialogues(world, tasks, trainer.processing_class)
+    assert all(turn.reward == 1 for dialogue in dialogues for turn in dialogue.turns)
+    assert all(dialogue.scores["score"] == 1 for dialogue in dialogues)
+    trainer._generate_single_turn = Recited(dialogues)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions(inputs)
+    by_task = {dialogue.task: dialogue for dialogue in dialogues}
+    for i, example in enumerate(inputs):
+        (segment,) = by_task[example["task"]].segments
+        begin, mask = segment.spans[0][1], output["completion_mask"][i].bool()
+        assert output["completion_ids"][i][mask].tolist() == segment.token_ids[begin:]
+        sampled = torch.zeros(len(segment.token_ids))
+        for _, start, stop in segment.spans:
+            sampled[start:stop] = 1
+        assert output["tool_mask"][i][mask].tolist() == sampled[begin:].tolist()
+    assert not bool(output["advantages"].any())  # all members of a group are the same
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,  # the tiny tokenizer's, which writes no calls
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.last }} {{ m.content }}"
+        "{{ m.tool_calls }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>"
+        "assistant{% endif %}",
+    ],
+)
+def test_templates_that_cannot_hold_tool_calls_are_refused(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    world = ToolWorld()
+    with pytest.raises(InputError, match="must write tool calls"):
+        tools.reference_dialogues(world, world.tasks("train")[:1], tokenizer)
 
 
 def test_turns_after_the_end_earn_nothing():

@@ -86,7 +86,10 @@ class TurnAdvantageTrainer(GRPOTrainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         if get_estimator(estimator).needs:
-            raise InputError(f"estimator {estimator!r} needs a critic, which TRL does not train")
+            raise InputError(
+                f"estimator {estimator!r} needs a critic, which TRL's GRPOTrainer does not train: "
+                "use normkit's own trainer, or verl (normkit.integrations.verl)"
+            )
         if environment is None and rollout is not None:
             raise InputError("rollout must be None without an environment: nothing else reads it")
         if environment is not None:

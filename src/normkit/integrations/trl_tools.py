@@ -11,6 +11,9 @@ The tokenizer's chat template must render tool calls. In ``args``, ``max_tool_ca
 is one less than the world's ``max_turns``, and ``max_completion_length`` holds a whole dialogue,
 what tools return included. Written against TRL 1.16, which calls ``environment_factory``
 experimental.
+
+A model that never calls a tool is paid nothing. :func:`reference_dialogues` writes what it should
+have said, for :func:`normkit.rl.imitation.imitate` to warm it up with (examples/trl_tools.py).
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from normkit.errors import MissingDependencyError
-from normkit.rl.dialogue import finite_mean
+from normkit.errors import InputError, MissingDependencyError
+from normkit.rl.dialogue import Dialogue, Segment, Turn, finite_mean
 from normkit.rl.environment import Reply, Split
 from normkit.rl.environments.toolbox import Tool
 from normkit.rl.environments.tools import ToolWorld
@@ -72,6 +75,40 @@ def tool_calling(world: ToolWorld, split: Split = "train") -> dict[str, Any]:
         "train_dataset": Dataset.from_list([_example(world, task) for task in world.tasks(split)]),
         "reward_funcs": [pay],
     }
+
+
+def reference_dialogues(world: ToolWorld, tasks: Sequence[str], tokenizer: Any) -> list[Dialogue]:
+    """Dialogues that call what the reference traces call, in the tokens of TRL's own loop.
+
+    Args:
+        world: the world.
+        tasks: what is asked, a dialogue each.
+        tokenizer: a tokenizer of transformers; its chat template says how calls are written.
+
+    Returns:
+        The dialogues, paid as the world pays them.
+
+    Raises:
+        InputError: for a template that writes past messages differently, or no tool calls.
+    """
+    methods = [getattr(_dialogue_class(world)(), name) for name in sorted(world.box.tools)]
+    dialogues = []
+    for index, task in enumerate(tasks):
+        pieces = _pieces(tokenizer, _reference_messages(world, task), methods)
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in pieces]
+        segment = Segment([], [])
+        turns: list[Turn] = []
+        for context, reply in zip(ids[::2], ids[1::2], strict=True):
+            start = len(segment.token_ids) + len(context)
+            segment.token_ids += context + reply
+            segment.spans.append((len(turns), start, start + len(reply)))
+            text = tokenizer.decode(reply, skip_special_tokens=True)
+            turns.append(Turn("", text, reply, [0.0] * len(reply), False, 0.0))
+        (rewards,), (scores,) = replay(world, [task], [[turn.reply for turn in turns]])
+        for turn, reward in zip(turns, rewards, strict=True):
+            turn.reward = reward
+        dialogues.append(Dialogue(task, index, index, 0, SYSTEM, turns, [segment], "end", scores))
+    return dialogues
 
 
 class ToolDialogue:
@@ -127,6 +164,50 @@ def _example(world: ToolWorld, task: str) -> dict[str, Any]:
     question = world.start(task, 0).message
     prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
     return {"prompt": prompt, "task": task}
+
+
+def _reference_messages(world: ToolWorld, task: str) -> list[dict[str, Any]]:
+    """Prompt, calls one by one with what they return, and the answer."""
+    reference = world.start(task, 0).reference
+    messages: list[dict[str, Any]] = list(_example(world, task)["prompt"])
+    for call, result in zip(reference.gold, reference.results, strict=True):
+        called = [{"type": "function", "function": call.to_json()}]
+        messages.append({"role": "assistant", "content": "", "tool_calls": called})
+        messages.append({"role": "tool", "name": call.name, "content": result})
+    answer = f"<answer>{reference.answer}</answer>"
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _pieces(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Callable[..., str]]
+) -> list[str]:
+    """A dialogue's text, cut where replies begin and end: context, reply, context, reply ...
+
+    A reply ends with the token that ends a turn, as a sampled one does.
+    """
+
+    def written(count: int, prompt: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            list(messages[:count]), tools=tools, tokenize=False, add_generation_prompt=prompt
+        )
+        return text
+
+    pieces, done = [], ""
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = written(place, prompt=True), written(place + 1, prompt=False)
+        reply, end, _ = after[len(before) :].partition(tokenizer.eos_token)
+        called = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        whole = after.startswith(before) and before.startswith(done)
+        if not whole or not end or any(name not in reply for name in called):
+            raise InputError(
+                "tokenizer: its chat template must write tool calls, and later messages after "
+                "earlier ones; trl.chat_template_utils has templates that do"
+            )
+        pieces += [before[len(done) :], reply + end]
+        done = before + reply + end
+    return pieces
 
 
 def _dialogue_class(world: ToolWorld) -> type[ToolDialogue]:
