@@ -25,7 +25,7 @@ TINY = Plan(
 
 def trials(plan, options=None, seed=0):
     found = compare(plan, options or {}, seed)
-    return [trial for item in found if isinstance(item, list) for trial in item]
+    return [trial for trial in found if isinstance(trial, Trial)]
 
 
 def test_all_estimators_are_compared():
@@ -55,7 +55,7 @@ def test_a_run_leaves_tables_plots_and_report_and_can_be_repeated(tmp_path):
 
 def test_the_configuration_is_mapos(tmp_path):
     """With alpha 1 MAPO is turn-level normalization, run for run: seeds are paired."""
-    plan = Plan(("mapo", "turn"), (3,), (4,), 3, 2, 4, (0.2, 0.4))
+    plan = Plan(3, 2, 4, (0.2, 0.4), ("mapo", "turn"), (3,), (4,))
     run_tabular(Config(alpha=1.0, gamma=0.85), tmp_path, plan)
     mapo, _, turn, _ = read_table(tmp_path, "trials")
     assert (mapo["name"], turn["name"]) == ("mapo", "turn")
@@ -65,13 +65,14 @@ def test_the_configuration_is_mapos(tmp_path):
 
 def test_facts_come_before_their_trials():
     kinds = [type(item) for item in compare(TINY, {})]
-    assert kinds == [Facts, *[list] * 6] * 2
+    assert kinds == [Facts, *[Trial] * 9] * 2
+    assert kinds.count(Trial) == TINY.trials
 
 
 def test_the_own_rate_is_the_better_one():
-    plan = Plan(("mapo",), (3,), (4,), 2, 2, 5, (0.0, 0.4), equal_rate=0.0)
+    plan = Plan(2, 2, 5, (1e-9, 0.4), ("mapo",), (3,), (4,), equal_rate=1e-9)
     own, equal = trials(plan)
-    assert (own.choice, own.rate, equal.choice, equal.rate) == ("own", 0.4, "equal", 0.0)
+    assert (own.choice, own.rate, equal.choice, equal.rate) == ("own", 0.4, "equal", 1e-9)
     assert min(own.final) > max(equal.final)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from normkit.errors import InputError
 from normkit.recipes import _matchtir_measured as measured
-from normkit.recipes._matchtir_measured import Plan, Trial, compare, credits, told_apart
+from normkit.recipes._matchtir_measured import Trial, compare, credits, told_apart
 from normkit.recipes._matchtir_tabular import (
     ANSWER,
     LONGEST,
@@ -22,6 +22,7 @@ from normkit.recipes._matchtir_tabular import (
     tables,
     train,
 )
+from normkit.recipes._trials import ComparisonPlan
 from normkit.recipes.matchtir import SYSTEM, Config, run
 from normkit.rl.environment import Reply
 from normkit.rl.environments.tool_tasks import make_tasks
@@ -29,7 +30,7 @@ from normkit.rl.environments.tools import ToolWorld
 from normkit.runs import read_json, read_table
 from tests.reference import matchtir as oracle
 
-TINY = Plan(seeds=2, tuning_seeds=1, updates=2, rates=(0.2, 0.4))
+TINY = ComparisonPlan(seeds=2, tuning_seeds=1, updates=2, rates=(0.2, 0.4))
 
 
 @pytest.mark.parametrize(

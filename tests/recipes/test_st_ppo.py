@@ -310,8 +310,8 @@ def test_equal_trainings_are_equal_and_others_are_not():
 
 def test_the_claims_judge_the_comparisons(monkeypatch, taught):
     rates = (0.05, 0.2)
-    in_chain = {t.name: t for t in play_chain(Plan(2, 1, 16, 8, rates, (16,)), 0)}
-    plan = Plan(2, 1, 4, 8, (0.02,), (1, 4), hot=0.05)
+    in_chain = {t.name: t for t in play_chain(Plan(2, 1, 16, rates, 8, (16,)), 0)}
+    plan = Plan(2, 1, 4, (0.02,), 8, (1, 4), hot=0.05)
     on, off, large = ({t.name: t for t in trials} for trials in play_search(plan, 0))
 
     def played(staleness, hot=False):

@@ -174,10 +174,11 @@ def _summarize(trainer: Trainer, logger: RunLogger, study: Study, seconds: float
         for pair in zip(before[headline], after[headline], strict=True)
         if all(record["scores"]["score"] is not None for record in pair)
     ]
-    scores = [[record["scores"]["score"] for record in side] for side in zip(*pairs, strict=True)]
     training_curves(steps, folder / "plots" / "1_training.png", study.score)
     if pairs:
-        before_after(*scores, folder / "plots" / "2_held-out.png", study.score, study.tasks)
+        scores = [[pair[i]["scores"]["score"] for pair in pairs] for i in (0, 1)]
+        plot = folder / "plots" / "2_held-out.png"
+        before_after(scores[0], scores[1], plot, study.score, study.tasks)
     if study.plot is not None:
         study.plot(folder)
     _write_pairs(logger, pairs)
@@ -213,8 +214,8 @@ def _change(before: Sequence[Any], after: Sequence[Any], metric: str) -> _Change
     pairs = [(a, b) for a, b in zip(*values, strict=True) if a is not None and b is not None]
     if not pairs:
         return None
-    means = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
-    return _Change(*means, bootstrap_interval([b - a for a, b in pairs]))
+    first, last = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
+    return _Change(first, last, bootstrap_interval([b - a for a, b in pairs]))
 
 
 def _record(dialogue: Dialogue) -> dict[str, Any]:

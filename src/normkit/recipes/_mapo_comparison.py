@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from normkit.recipes._trials import ComparisonPlan, best_rate
 from normkit.rl.environments.tabular import TabularWorld
 from normkit.rl.tabular import Probe, ascend, probe, train
 
@@ -38,36 +39,34 @@ NAMES = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ComparisonPlan):
     """What is compared.
+
+    With 8 tuning seeds the choice of rates was a matter of luck: neighbouring rates differ by less
+    than the error of the mean.
 
     Attributes:
         names: estimators.
         horizons: dialogue lengths.
         group_sizes: dialogues per start; rates are tuned, and compared at one rate, at the first.
-        seeds: runs per estimator.
-        tuning_seeds: other runs, per rate, that choose the rate. With 8 the choice is a matter of
-            luck: neighbouring rates differ by less than the error of the mean.
-        updates: per run.
-        rates: grid of learning rates (Adam).
         equal_rate: the rate of the comparison at one rate for all.
         share: of the way to the optimum, where estimates are compared with the truth.
     """
 
-    names: Sequence[str] = NAMES
-    horizons: Sequence[int] = (2, 5, 10, 20)
-    group_sizes: Sequence[int] = (4, 8, 16)
     seeds: int = 32
     tuning_seeds: int = 32
     updates: int = 40
-    rates: Sequence[float] = (0.1, 0.2, 0.4, 0.8, 1.6)
+    rates: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
+    names: Sequence[str] = NAMES
+    horizons: Sequence[int] = (2, 5, 10, 20)
+    group_sizes: Sequence[int] = (4, 8, 16)
     equal_rate: float = 0.4
     share: float = 0.5
 
     @property
-    def steps(self) -> int:
-        """Trainings of one estimator at one horizon and group size."""
-        return len(self.names) * len(self.horizons) * len(self.group_sizes)
+    def trials(self) -> int:
+        """Estimators by horizons by group sizes, the first of which has two choices of rate."""
+        return len(self.names) * len(self.horizons) * (len(self.group_sizes) + 1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Facts:
     survivors: list[float]
 
 
-def compare(plan: Plan, options: Options, seed: int = 0) -> Iterator[Facts | list[Trial]]:
+def compare(plan: Plan, options: Options, seed: int = 0) -> Iterator[Facts | Trial]:
     """Train and probe all estimators; yields the facts of a horizon, then its trials one by one.
 
     Args:
@@ -150,7 +149,9 @@ def compare(plan: Plan, options: Options, seed: int = 0) -> Iterator[Facts | lis
                     choices = {"own": best[name], "equal": plan.equal_rate}
                 else:
                     choices = {"own": best[name]}
-                yield _trials(world, name, choices, plan, group_size, stream + 2, own, probes[name])
+                yield from _trials(
+                    world, name, choices, plan, group_size, stream + 2, own, probes[name]
+                )
 
 
 def _facts(world: TabularWorld, found: Probe) -> Facts:
@@ -176,7 +177,7 @@ def _tune(
     rates = torch.tensor(plan.rates, dtype=torch.float64).repeat_interleave(plan.tuning_seeds)
     found = train(world, name, rates, plan.updates, group_size, seed, options=own)
     final, _ = world.outcome(found.policy)
-    return plan.rates[int(final.view(len(plan.rates), -1).mean(1).argmax())]
+    return best_rate(plan.rates, final)
 
 
 def _trials(

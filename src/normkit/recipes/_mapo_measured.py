@@ -33,7 +33,7 @@ Values = NDArray[np.float64]
 @cache
 def _trials() -> tuple[Trial, ...]:
     found = compare(PLAN, {}, SEED)
-    return tuple(trial for item in found if isinstance(item, list) for trial in item)
+    return tuple(trial for trial in found if isinstance(trial, Trial))
 
 
 def _table(field: str, name: str, choice: Choice) -> Values:

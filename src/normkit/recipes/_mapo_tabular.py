@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from normkit.recipes._mapo_comparison import NAMES, Facts, Plan, Trial, compare
-from normkit.recipes.base import finish
+from normkit.recipes._trials import keep_each
+from normkit.recipes.base import Run
 from normkit.report.plots import figure
-from normkit.runs import RunLogger
 from normkit.statistics import Interval, bootstrap_interval
 
 if TYPE_CHECKING:
@@ -35,33 +31,26 @@ def run_tabular(config: Config, folder: Path, plan: Plan | None = None) -> Mappi
         The results, as they stand in ``results.json``.
     """
     plan = plan or Plan()
-    started = time.perf_counter()
-    console = Console()
-    logger = RunLogger(folder)
-    logger.begin(config)
+    run = Run(config, folder)
     options = {
         "mapo": {"alpha": config.alpha, "gamma": config.gamma, "batch_scope": config.batch_scope}
     }
     facts: list[Facts] = []
-    trials: list[Trial] = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("tabular world", total=plan.steps)
+
+    def made() -> Iterator[Trial]:
         for found in compare(plan, options, config.seed):
-            if isinstance(found, Facts):
+            if isinstance(found, Trial):
+                yield found
+            else:
                 facts.append(found)
-                console.print(_describe(found), highlight=False)
-                continue
-            logger.append("trials", [asdict(trial) for trial in found])
-            for trial in found:
-                trials.append(trial)
-                logger.log(len(trials), _brief(trial))
-            progress.update(task, advance=1, description=f"T {found[0].horizon}, {found[0].name}")
-    results = summarize(plan, facts, trials, time.perf_counter() - started)
+                run.console.print(_describe(found), highlight=False)
+
+    trials = list(keep_each(run, made(), plan.trials, "solving the world", _brief))
     plots = folder / "plots"
     plot_learning(trials, plan, plots / "1_return_by_update.png")
     plot_final(trials, plan, plots / "2_final_return.png")
     plot_truth(trials, plan, plots / "3_estimated_against_exact.png")
-    return finish(logger, results, console)
+    return run.finish(summarize(plan, facts, trials, run.seconds))
 
 
 def summarize(

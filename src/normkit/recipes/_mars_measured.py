@@ -8,26 +8,25 @@ seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normkit.errors import InputError
 from normkit.recipes import _mars_board, _mars_hanabi, _mars_selfplay
 from normkit.recipes._mars_gradient import ARMS, Arm, Quality, Setting, study
 from normkit.recipes._mars_tree import GAMES, Game
+from normkit.recipes._trials import TUNING, ComparisonPlan, best_rate, check_rates
 from normkit.recipes.base import Claim, Finding, verdict_of
 from normkit.statistics import bootstrap_interval
 
 SEED = 1
 """Of the claims; the recipe's default is another."""
-_TUNING = 100
-"""Added to the seed for choosing rates."""
 SETTINGS = tuple(
     Setting(game, policy, games)
     for game in ("kuhn", "loaded")
@@ -49,16 +48,13 @@ Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ComparisonPlan):
     """What is compared.
 
+    With 8 tuning seeds the choice of rates was a matter of luck: neighbouring rates ended alike.
+
     Attributes:
-        seeds: runs of each arm.
-        tuning_seeds: runs of each arm and rate, to choose the rate. With 8 the choice was a matter
-            of luck: neighbouring rates ended alike.
-        updates: of each run.
         games: of an update; the paper's 64 give 128 trajectories.
-        rates: learning rates to choose from.
         batches: of the study of gradients.
         hanabi_seeds: runs of each arm in Mini Hanabi; a third of them choose the rate.
         hanabi_updates: of each run in Mini Hanabi, of half as many games.
@@ -70,8 +66,8 @@ class Plan:
     seeds: int = 24
     tuning_seeds: int = 24
     updates: int = 300
-    games: int = 64
     rates: tuple[float, ...] = (0.02, 0.03, 0.05, 0.1, 0.2)
+    games: int = 64
     batches: int = 4000
     hanabi_seeds: int = 12
     hanabi_updates: int = 150
@@ -79,23 +75,20 @@ class Plan:
     board_seeds: int = 12
     board_rates: tuple[float, ...] = (0.05, 0.1, 0.2)
 
+    LEAST: ClassVar[Mapping[str, int]] = {
+        **ComparisonPlan.LEAST,
+        "updates": 15,
+        "games": 2,
+        "batches": 2,
+        "hanabi_seeds": 3,
+        "hanabi_updates": 10,
+        "board_seeds": 3,
+    }
+
     def __post_init__(self) -> None:
-        for name, least in (
-            ("seeds", 2),
-            ("tuning_seeds", 1),
-            ("updates", 15),
-            ("games", 2),
-            ("batches", 2),
-            ("hanabi_seeds", 3),
-            ("hanabi_updates", 10),
-            ("board_seeds", 3),
-        ):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("rates", "hanabi_rates", "board_rates"):
-            rates = getattr(self, name)
-            if not rates or not all(rate > 0 for rate in rates):
-                raise InputError(f"{name} must be above 0, at least one, got {rates}")
+        super().__post_init__()
+        for name in ("hanabi_rates", "board_rates"):
+            check_rates(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -137,8 +130,8 @@ def compare(plan: Plan, game: Game, seed: int) -> Iterator[Trial]:
     for arm in ARMS:
         learn = partial(_mars_selfplay.train, arm, game, updates=plan.updates, games=plan.games)
         rates = torch.tensor(plan.rates).repeat_interleave(plan.tuning_seeds)
-        tuned = learn(rates=rates, seed=seed + _TUNING, evaluations=1).average[-1]
-        best = _best(-tuned, plan.rates)
+        tuned = learn(rates=rates, seed=seed + TUNING, evaluations=1).average[-1]
+        best = best_rate(plan.rates, -tuned)
         done = learn(rates=torch.full((plan.seeds,), best), seed=seed)
         curves = done.average.tolist(), done.last.tolist(), done.wins.tolist()
         yield Trial(game, arm, best, done.games, *curves)
@@ -150,8 +143,8 @@ def compare_hanabi(plan: Plan, seed: int) -> Iterator[Trial]:
     for name, (arm, zero_sum) in HANABI.items():
         learn = partial(_mars_hanabi.train, arm, updates=plan.hanabi_updates, games=games)
         rates = torch.tensor(plan.hanabi_rates).repeat_interleave(plan.hanabi_seeds // 3)
-        tuned = _tenths(learn(rates=rates, seed=seed + _TUNING, zero_sum=zero_sum))[-1]
-        best = _best(tuned, plan.hanabi_rates)
+        tuned = _tenths(learn(rates=rates, seed=seed + TUNING, zero_sum=zero_sum))[-1]
+        best = best_rate(plan.hanabi_rates, tuned)
         chosen = torch.full((plan.hanabi_seeds,), best)
         scores = _tenths(learn(rates=chosen, seed=seed, zero_sum=zero_sum))
         played = [round(plan.hanabi_updates * (k + 1) / 10) * games for k in range(10)]
@@ -180,8 +173,8 @@ def compare_board(plan: Plan, seed: int) -> Iterator[BoardTrial]:
     for arm in BOARD:
         learn = partial(_mars_board.train, arm, updates=plan.updates, games=plan.games)
         rates = torch.tensor(plan.board_rates).repeat_interleave(plan.board_seeds // 3)
-        tuned = learn(rates=rates, seed=seed + _TUNING)
-        best = _best(tuned.minimax.mean(0), plan.board_rates)
+        tuned = learn(rates=rates, seed=seed + TUNING)
+        best = best_rate(plan.board_rates, tuned.minimax.mean(0))
         done = learn(rates=torch.full((plan.board_seeds,), best), seed=seed)
         search = [
             [_mars_board.unbeaten_by_search(policy, seat, 10) for policy in done.policy]
@@ -213,10 +206,6 @@ def board_learned(trials: dict[str, BoardTrial]) -> Finding:
     )
     details = {"best play": ours.minimax.tolist(), "search": ours.search.tolist()}
     return Finding(verdicts[0] if len(set(verdicts)) == 1 else "not shown", text, details)
-
-
-def _best(score: Tensor, rates: Sequence[float]) -> float:
-    return rates[int(score.view(len(rates), -1).mean(1).argmax())]
 
 
 def _tenths(scores: Tensor) -> Tensor:

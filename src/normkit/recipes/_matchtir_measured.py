@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from normkit.errors import InputError
 from normkit.recipes._matchtir_tabular import (
     KINDS,
     SETTINGS,
@@ -25,39 +24,16 @@ from normkit.recipes._matchtir_tabular import (
     tables,
     train,
 )
+from normkit.recipes._trials import TUNING, ComparisonPlan, best_rate
 from normkit.recipes.base import Claim, Finding, verdict_of
 from normkit.statistics import bootstrap_interval
 
 SEED = 1
 """Of the claims; the recipe's default is another."""
-_TUNING = 100
-"""Added to the seed for choosing rates."""
+PLAN = ComparisonPlan(seeds=12, tuning_seeds=4, updates=60, rates=(0.1, 0.2, 0.4, 0.8, 1.6))
+"""Each update is of 8 dialogues a kind of task."""
 
 Values = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared.
-
-    Attributes:
-        seeds: runs of each setting.
-        tuning_seeds: runs of each setting and rate, to choose the rate.
-        updates: of each run, 8 dialogues a kind of task.
-        rates: learning rates to choose from.
-    """
-
-    seeds: int = 12
-    tuning_seeds: int = 4
-    updates: int = 60
-    rates: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "tuning_seeds", "updates"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.rates or not all(rate > 0 for rate in self.rates):
-            raise InputError(f"rates must be above 0, at least one, got {self.rates}")
 
 
 @dataclass(frozen=True)
@@ -93,12 +69,12 @@ class Trial:
         return {int(n): f1[:, length == n].mean(1) for n in np.unique(length)}
 
 
-def compare(plan: Plan, seed: int) -> Iterator[Trial]:
+def compare(plan: ComparisonPlan, seed: int) -> Iterator[Trial]:
     """Train every setting; yields them one by one."""
     for name, setting in SETTINGS.items():
         rates = torch.tensor(plan.rates).repeat_interleave(plan.tuning_seeds)
-        tuned = train(setting, rates, plan.updates, seed + _TUNING).final.f1.mean(1)
-        best = plan.rates[int(tuned.view(len(plan.rates), -1).mean(1).argmax())]
+        tuned = train(setting, rates, plan.updates, seed + TUNING).final.f1.mean(1)
+        best = best_rate(plan.rates, tuned)
         done = train(setting, torch.full((plan.seeds,), best), plan.updates, seed)
         final = done.final
         yield Trial(
@@ -144,12 +120,12 @@ def credits(runs: int, seed: int, within: bool = False) -> dict[str, dict[str, l
 
 @cache
 def _trials() -> dict[str, Trial]:
-    return {trial.name: trial for trial in compare(Plan(), SEED)}
+    return {trial.name: trial for trial in compare(PLAN, SEED)}
 
 
 @cache
 def _credits() -> dict[str, dict[str, list[float]]]:
-    return credits(Plan().seeds, SEED)
+    return credits(PLAN.seeds, SEED)
 
 
 def difference(trials: dict[str, Trial], more: str, less: str, metric: str, unit: str) -> Finding:
@@ -202,7 +178,7 @@ def _not_told_apart() -> Finding:
 
 def _within_dialogues() -> Finding:
     """Hard matching must tell them apart; outcome-only credit gives a dialogue one number."""
-    found = credits(Plan().seeds, SEED, within=True)
+    found = credits(PLAN.seeds, SEED, within=True)
     pooled = {
         name: np.mean([told_apart(found, name, kind) for kind in KINDS[1:3]], axis=0)
         for name in SETTINGS

@@ -22,9 +22,7 @@ from normkit.recipes import _st_ppo_recurrent as recurrent
 from normkit.recipes import _st_ppo_tabular as tabular
 from normkit.recipes._st_ppo_arms import ARMS
 from normkit.recipes._st_ppo_tabular import Schedule
-
-_TUNING = 100
-"""Added to the seed for choosing rates."""
+from normkit.recipes._trials import TUNING, ComparisonPlan, best_rate
 
 _LAGS = ("bias", "gradient", "clipped")
 _TERMS = ("true", "luck", "critic", "value_error")
@@ -33,33 +31,21 @@ Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ComparisonPlan):
     """What is compared.
 
     Attributes:
-        seeds: runs of each method.
-        tuning_seeds: runs of each method and rate, to choose the rate.
-        updates: of each run.
         dialogues: of each update.
-        rates: learning rates to choose from.
         staleness: updates per batch of dialogues, each compared by itself.
         hot: the rate at which all methods train once more, at the last staleness; None for not.
     """
 
-    seeds: int
-    tuning_seeds: int
-    updates: int
     dialogues: int
-    rates: tuple[float, ...]
     staleness: tuple[int, ...]
     hot: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tuning_seeds", "updates"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.rates or not all(rate > 0 for rate in self.rates):
-            raise InputError(f"rates must be above 0, at least one, got {self.rates}")
+        super().__post_init__()
         if not self.staleness or not all(s >= 1 and self.updates % s == 0 for s in self.staleness):
             raise InputError(
                 f"staleness must divide {self.updates} updates, at least one, got {self.staleness}"
@@ -70,8 +56,8 @@ class Plan:
         return Schedule(self.updates, staleness, self.dialogues)
 
 
-CHAIN = Plan(32, 6, 512, 32, (0.02, 0.05, 0.1, 0.2), (64,))
-SEARCH = Plan(10, 8, 256, 16, (0.001, 0.003, 0.01), (1, 4, 16, 64), hot=0.01)
+CHAIN = Plan(32, 6, 512, (0.02, 0.05, 0.1, 0.2), dialogues=32, staleness=(64,))
+SEARCH = Plan(10, 8, 256, (0.001, 0.003, 0.01), dialogues=16, staleness=(1, 4, 16, 64), hot=0.01)
 
 
 @dataclass(frozen=True)
@@ -129,7 +115,7 @@ def chain(plan: Plan, seed: int) -> Iterator[Trial]:
     schedule = plan.schedule(staleness)
     for name, arm in ARMS.items():
         rates = torch.tensor(plan.rates).repeat_interleave(plan.tuning_seeds)
-        tried = tabular.train(arm, rates, schedule, seed + _TUNING)
+        tried = tabular.train(arm, rates, schedule, seed + TUNING)
         best, tuning = _best(plan, tried.value[-1])
         done = tabular.train(arm, torch.full((plan.seeds,), best), schedule, seed, lemma=True)
         keys = (*_LAGS, "cosine", *(_TERMS if arm.critic else ()))
@@ -158,7 +144,7 @@ def tuned(plan: Plan, staleness: int, seed: int) -> list[Trial]:
         list(plan.rates) * len(names),
         plan.tuning_seeds,
         plan.schedule(staleness),
-        seed + _TUNING,
+        seed + TUNING,
     )
     chosen = [_best(plan, part) for part in tried.match[-1].chunk(len(names))]
     return _compared(plan, staleness, seed, *zip(*chosen, strict=True))
@@ -193,7 +179,7 @@ def _best(plan: Plan, success: Tensor) -> tuple[float, dict[str, list[float]]]:
     """The rate with the best mean, and success by rate; it is given by rate, then seed."""
     ends = success.view(len(plan.rates), -1)
     by_rate = {f"{rate:g}": row.tolist() for rate, row in zip(plan.rates, ends, strict=True)}
-    return plan.rates[int(ends.mean(1).argmax())], by_rate
+    return best_rate(plan.rates, success), by_rate
 
 
 def _by_lag(x: Tensor, staleness: int) -> list[list[float]]:

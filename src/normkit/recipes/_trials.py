@@ -1,38 +1,122 @@
-"""Trainings of a recipe one after the other, each kept as a line of the run folder."""
+"""What recipes that compare trainings share: plans, choice of rates, trials in the run folder."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
 
-from normkit.runs import RunLogger
+from normkit.errors import InputError
+from normkit.recipes.base import Run
+
+TUNING = 100
+"""Added to a comparison's seed for choosing learning rates: on runs that it does not use."""
 
 T = TypeVar("T")
 
 
+class Tuned(Protocol):
+    """A trial at a chosen learning rate; a dataclass."""
+
+    @property
+    def name(self) -> str:
+        """Of the arm."""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+
+
+U = TypeVar("U", bound=Tuned)
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """What a comparison of arms trains, each at its own best learning rate.
+
+    Attributes:
+        seeds: runs of each arm.
+        tuning_seeds: further runs of each arm and rate, to choose the rate.
+        updates: of each run.
+        rates: learning rates to choose from.
+    """
+
+    seeds: int
+    tuning_seeds: int
+    updates: int
+    rates: tuple[float, ...]
+
+    LEAST: ClassVar[Mapping[str, int]] = {"seeds": 2, "tuning_seeds": 1, "updates": 1}
+    """The smallest values that make sense; plans with more numbers add theirs."""
+
+    def __post_init__(self) -> None:
+        for name, least in self.LEAST.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_rates("rates", self.rates)
+
+
+def check_rates(name: str, rates: Sequence[float]) -> None:
+    """Check that there are learning rates to choose from.
+
+    Raises:
+        InputError: names the option.
+    """
+    if not rates or not all(rate > 0 for rate in rates):
+        raise InputError(f"{name} must be above 0, at least one, got {rates}")
+
+
+def best_rate(rates: Sequence[float], score: Tensor) -> float:
+    """The rate with the best mean score; scores ``[rates x seeds]`` stand rate by rate."""
+    return rates[int(score.view(len(rates), -1).mean(1).argmax())]
+
+
+def keep_each(
+    run: Run,
+    trials: Iterable[U],
+    total: int,
+    task: str,
+    brief: Callable[[U], Mapping[str, Any]],
+) -> Iterator[U]:
+    """Keep trials in the run folder as they are made, and show how far the run is.
+
+    Args:
+        run: ``trials.jsonl`` of its folder gets each trial, ``metrics.jsonl`` what is brief of it.
+        trials: made one by one.
+        total: how many there will be.
+        task: what happens before the first is there.
+        brief: the line of a trial in tables.
+    """
+    with Progress(console=run.console, transient=True) as progress:
+        bar = progress.add_task(task, total=total)
+        for number, trial in enumerate(trials, start=1):
+            run.logger.append("trials", [asdict(trial)])  # type: ignore[call-overload]
+            run.logger.log(number, brief(trial))
+            progress.update(bar, advance=1, description=f"{trial.name} at rate {trial.rate:g}")
+            yield trial
+
+
 def run_missing(
+    run: Run,
     trials: Sequence[T],
     trainings: Sequence[tuple[Any, ...]],
     train: Callable[..., T],
     name: Callable[[T], tuple[Any, ...]],
     describe: Callable[[T], str],
-    logger: RunLogger,
-    console: Console,
 ) -> list[T]:
     """Make the trainings that no trial stands for yet, and say how long the others will take.
 
     Args:
+        run: keeps each trial in ``trials.jsonl`` as soon as it is made.
         trials: those that an earlier part of the run left.
         trainings: arguments of every training.
         train: makes one; the trial is a dataclass.
         name: the arguments that a trial was made with.
         describe: one line on a trial.
-        logger: keeps each trial in ``trials.jsonl`` as soon as it is made.
-        console: where progress goes.
 
     Returns:
         All trials, the earlier ones first.
@@ -43,10 +127,10 @@ def run_missing(
     missing = [training for training in trainings if training not in done]
     for i, training in enumerate(missing):
         trial = train(*training)
-        logger.append("trials", [asdict(trial)])  # type: ignore[call-overload]
+        run.logger.append("trials", [asdict(trial)])  # type: ignore[call-overload]
         found.append(trial)
         left = (time.perf_counter() - started) / (i + 1) * (len(missing) - i - 1)
-        console.print(
+        run.console.print(
             f"{len(found)}/{len(trainings)}  {describe(trial)}  {left:.0f} s left",
             highlight=False,
             soft_wrap=True,

@@ -6,6 +6,7 @@ makes it exist for the command line, the docs and the test suite.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,35 @@ class System:
     run: Callable[[Any, Path], Mapping[str, Any]]
     claims: Sequence[Claim]
     aliases: Sequence[str] = ()
+
+
+class Run:
+    """A run in its folder: where it logs, where it speaks, and how long it has taken.
+
+    Args:
+        config: its configuration, checked.
+        folder: the run folder.
+        anew: begin from nothing; otherwise the configuration and tables of an earlier part stay.
+    """
+
+    def __init__(self, config: Any, folder: Path, anew: bool = True) -> None:
+        self._started = time.perf_counter()
+        self.folder = folder
+        self.console = Console()
+        self.logger = RunLogger(folder)
+        if anew:
+            self.logger.begin(config)
+        else:
+            self.logger.go_on(config)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run was opened, earlier parts not included."""
+        return time.perf_counter() - self._started
+
+    def finish(self, results: Mapping[str, Any]) -> Mapping[str, Any]:
+        """End the run (:func:`finish`)."""
+        return finish(self.logger, results, self.console)
 
 
 def finish(logger: RunLogger, results: Mapping[str, Any], console: Console) -> Mapping[str, Any]:

@@ -15,7 +15,6 @@ Differences from the authors' code: see :mod:`normkit.nn.recurrent` and docs/pap
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from normkit.recipes import _layernorm_claims, _layernorm_digits
 from normkit.recipes._layernorm_digits import (
@@ -38,7 +36,7 @@ from normkit.recipes._layernorm_digits import (
     train,
 )
 from normkit.recipes._trials import run_missing
-from normkit.recipes.base import System, finish
+from normkit.recipes.base import Run, System
 from normkit.report.plots import figure
 from normkit.runs import RunLogger, read_table
 
@@ -48,12 +46,9 @@ COLORS = dict(zip(NETS, ("tab:grey", "tab:blue"), strict=True))
 def run(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train both nets with every rate and seed; a resumed run trains only what is missing."""
     config.validate()
-    started = time.perf_counter()
-    console = Console()
-    logger = RunLogger(folder)
-    if not (folder / "config.json").exists():
-        logger.config(config)
+    run = Run(config, folder, anew=False)
     trials = run_missing(
+        run,
         [Trial(**row) for row in read_table(folder, "trials")],
         config.trainings(),
         partial(train, config),
@@ -63,14 +58,11 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
             f"steps, accuracy {t.accuracy:.3f}, {t.chain_accuracy[-1]:.3f} after {config.chain} "
             "digits without a reset"
         ),
-        logger,
-        console,
     )
     found = Comparison(trials)
-    _log_curves(logger, folder, found)
+    _log_curves(run.logger, folder, found)
     plot(found, config, folder)
-    results = summarize(found, config, time.perf_counter() - started)
-    return finish(logger, results, console)
+    return run.finish(summarize(found, config, run.seconds))
 
 
 def summarize(found: Comparison, config: Config, seconds: float) -> dict[str, Any]:

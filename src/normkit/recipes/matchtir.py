@@ -19,21 +19,16 @@ See docs/papers/matchtir.md.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.console import Console
-from rich.progress import Progress
 
 from normkit.errors import InputError
 from normkit.functional.matching import Method
 from normkit.recipes._matchtir_claims import CLAIMS
 from normkit.recipes._matchtir_measured import (
     MEASURED,
-    Plan,
     Trial,
     compare,
     credits,
@@ -42,9 +37,9 @@ from normkit.recipes._matchtir_measured import (
     told_apart,
 )
 from normkit.recipes._matchtir_tabular import KINDS, SETTINGS
-from normkit.recipes.base import System, finish
+from normkit.recipes._trials import ComparisonPlan, keep_each
+from normkit.recipes.base import Run, System
 from normkit.report.plots import figure
-from normkit.runs import RunLogger
 from normkit.statistics import bootstrap_interval
 
 METRICS = ("f1", "answer", "redundant", "wrong")
@@ -98,9 +93,9 @@ class Config:
     seed: int = 0
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ComparisonPlan:
         """What the tabular world compares."""
-        return Plan(self.seeds, self.tuning_seeds, self.updates, self.rates)
+        return ComparisonPlan(self.seeds, self.tuning_seeds, self.updates, self.rates)
 
     def validate(self) -> None:
         """Check what the types cannot say.
@@ -124,24 +119,15 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
         from normkit.recipes._matchtir_language import run_language
 
         return run_language(config, folder)
-    started = time.perf_counter()
-    console = Console()
-    logger = RunLogger(folder)
-    logger.begin(config)
-    trials: dict[str, Trial] = {}
-    with Progress(console=console) as progress:
-        task = progress.add_task("running all tools", total=len(SETTINGS))
-        for trial in compare(config.plan, config.seed):
-            trials[trial.name] = trial
-            logger.append("trials", [asdict(trial)])
-            logger.log(len(trials), _brief(trial))
-            progress.update(task, advance=1, description=f"{trial.name} at rate {trial.rate:g}")
+    run = Run(config, folder)
+    made = compare(config.plan, config.seed)
+    kept = keep_each(run, made, len(SETTINGS), "running all tools", _brief)
+    trials = {trial.name: trial for trial in kept}
     credited = credits(config.seeds, config.seed)
-    results = summarize(config, trials, credited, time.perf_counter() - started)
     plot_learning(trials, folder / "plots" / "1_learning.png")
     plot_final(trials, folder / "plots" / "2_trained.png")
     plot_credit(credited, folder / "plots" / "3_credit.png")
-    return finish(logger, results, console)
+    return run.finish(summarize(config, trials, credited, run.seconds))
 
 
 def summarize(

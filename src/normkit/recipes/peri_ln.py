@@ -17,7 +17,6 @@ code of the authors is public. See docs/papers/peri-ln.md.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from normkit.recipes._peri_ln_claims import CLAIMS
 from normkit.recipes._peri_ln_training import (
@@ -42,7 +40,7 @@ from normkit.recipes._peri_ln_training import (
     unevenness,
 )
 from normkit.recipes._trials import run_missing
-from normkit.recipes.base import System, finish
+from normkit.recipes.base import Run, System
 from normkit.report.plots import figure
 from normkit.runs import RunLogger, read_table
 
@@ -60,12 +58,9 @@ COLORS = {
 def run(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train every placement at every rate; a resumed run trains only what is missing."""
     config.validate()
-    started = time.perf_counter()
-    console = Console()
-    logger = RunLogger(folder)
-    if not (folder / "config.json").exists():
-        logger.config(config)
+    run = Run(config, folder, anew=False)
     trials = run_missing(
+        run,
         [Trial.read(row) for row in read_table(folder, "trials")],
         config.trainings(),
         partial(train, config),
@@ -74,14 +69,11 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
             f"{t.placement:8} rate {t.rate:g} seed {t.seed}: held-out loss {t.held_out:.3f}, "
             f"variance after the last block {t.variance[0][-1]:.3g} -> {t.variance[-1][-1]:.3g}"
         ),
-        logger,
-        console,
     )
     found = Comparison(trials)
-    _log_losses(logger, folder, found)
+    _log_losses(run.logger, folder, found)
     plot(found, config, folder)
-    results = summarize(found, config, time.perf_counter() - started)
-    return finish(logger, results, console)
+    return run.finish(summarize(found, config, run.seconds))
 
 
 def summarize(found: Comparison, config: Config, seconds: float) -> dict[str, Any]:

@@ -21,14 +21,10 @@ There is no authors' code. The division needs a floor, which is ours: see docs/p
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.console import Console
-from rich.progress import Progress
 
 from normkit.errors import InputError
 from normkit.recipes._st_ppo_arms import ARMS
@@ -49,8 +45,8 @@ from normkit.recipes._st_ppo_plots import (
     plot_staleness,
 )
 from normkit.recipes._st_ppo_recurrent import EVERY
-from normkit.recipes.base import Finding, System, finish
-from normkit.runs import RunLogger
+from normkit.recipes._trials import keep_each
+from normkit.recipes.base import Finding, Run, System
 from normkit.statistics import bootstrap_interval
 
 _HOT = "rate too large"
@@ -130,8 +126,6 @@ class Config:
         Raises:
             InputError: names the flag.
         """
-        if self.plan.seeds < 2:
-            raise InputError(f"seeds must be at least 2, got {self.seeds}")
         if self.world == "tabular" and len(self.plan.staleness) > 1:
             raise InputError(f"staleness must be one number in the chain, got {self.staleness}")
         for name in ("max_turns", "heldout"):
@@ -148,22 +142,18 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
         from normkit.recipes._st_ppo_language import run_language
 
         return run_language(config, folder)
-    started = time.perf_counter()
-    console = Console()
-    logger = RunLogger(folder)
-    logger.begin(config)
-    small = _chain if config.world == "tabular" else _search
-    results = small(config, folder, logger, console)
-    results["seconds"] = time.perf_counter() - started
-    results["summary"].insert(0, f"{config.plan.seeds} seeds, {results['seconds']:.0f} s")
-    return finish(logger, results, console)
+    run = Run(config, folder)
+    results = (_chain if config.world == "tabular" else _search)(config, run)
+    results["seconds"] = run.seconds
+    results["summary"].insert(0, f"{config.plan.seeds} seeds, {run.seconds:.0f} s")
+    return run.finish(results)
 
 
-def _chain(config: Config, folder: Path, logger: RunLogger, console: Console) -> dict[str, Any]:
-    plan, found = config.plan, {}
-    for trial in _tracked(chain(plan, config.seed), len(ARMS), "the chain", logger, console):
-        found[trial.name] = trial
-    ppo, plots = found["PPO"], folder / "plots"
+def _chain(config: Config, run: Run) -> dict[str, Any]:
+    plan = config.plan
+    kept = keep_each(run, chain(plan, config.seed), len(ARMS), "the chain", _brief)
+    found = {trial.name: trial for trial in kept}
+    ppo, plots = found["PPO"], run.folder / "plots"
     plot_lemma(ppo, plots / "1_terms_of_PPO.png")
     plot_lemma(found["ST-PPO"], plots / "2_terms_of_ST-PPO.png")
     plot_lags(list(found.values()), plots / "3_all_methods_by_updates_since_sampling.png")
@@ -189,16 +179,16 @@ def _chain(config: Config, folder: Path, logger: RunLogger, console: Console) ->
     }
 
 
-def _search(config: Config, folder: Path, logger: RunLogger, console: Console) -> dict[str, Any]:
+def _search(config: Config, run: Run) -> dict[str, Any]:
     plan = config.plan
     settings: list[str] = [f"{s} updates per batch" for s in plan.staleness]
     settings += [_HOT] if plan.hot is not None else []
     found: dict[str, list[Trial]] = {setting: [] for setting in settings}
     rounds = itertools.chain.from_iterable(search(plan, config.seed))
-    tracked = _tracked(rounds, len(settings) * len(ARMS), "searching", logger, console)
-    for i, trial in enumerate(tracked):
+    kept = keep_each(run, rounds, len(settings) * len(ARMS), "searching", _brief)
+    for i, trial in enumerate(kept):
         found[settings[i // len(ARMS)]].append(trial)
-    plots = folder / "plots"
+    plots = run.folder / "plots"
     by_staleness = dict(zip(plan.staleness, found.values(), strict=False))
     stalest = by_staleness[plan.staleness[-1]]
     label = "exact match, held-out questions"
@@ -226,19 +216,6 @@ def _search(config: Config, folder: Path, logger: RunLogger, console: Console) -
         "summary": _sentences(findings),
         "table": _table(trial for trials in found.values() for trial in trials),
     }
-
-
-def _tracked(
-    trials: Iterable[Trial], total: int, task: str, logger: RunLogger, console: Console
-) -> Iterator[Trial]:
-    """Keep each trial in the run folder and show how far the run is."""
-    with Progress(console=console) as progress:
-        bar = progress.add_task(task, total=total)
-        for number, trial in enumerate(trials, start=1):
-            logger.append("trials", [asdict(trial)])
-            logger.log(number, _brief(trial))
-            progress.update(bar, advance=1, description=f"{trial.name}, rate {trial.rate:g}")
-            yield trial
 
 
 def _sentences(findings: Mapping[str, Finding]) -> list[str]:
