@@ -20,7 +20,7 @@ from normkit.recipes._mars_gradient import Arm, credit
 from normkit.recipes._mars_selfplay import Softmax
 from normkit.recipes._mars_tree import Played, policy_gradient
 from normkit.rl.self_play import MCTS, play, player
-from normkit.rl.spiel import load_game
+from normkit.rl.spiel import positions
 
 MOVES = 9
 TURNS = 5
@@ -88,20 +88,13 @@ class Board:
 @cache
 def board() -> Board:
     """Walk through all positions."""
-    root = load_game("tic_tac_toe").new_initial_state()
-    found: dict[str, Any] = {str(root): root}
-    for state in (queue := [root]):
-        for action in state.legal_actions():
-            child = state.child(action)
-            if str(child) not in found:
-                found[str(child)] = child
-                queue.append(child)
+    found = positions("tic_tac_toe")
     number = {name: i for i, name in enumerate(found)}
     size, minimax = len(found), player("minimax", "tic_tac_toe")
     child_of = torch.zeros(size, MOVES, dtype=torch.int64)
     legal = torch.zeros(size, MOVES, dtype=torch.bool)
     best = torch.zeros(size, MOVES, dtype=torch.float64)
-    for i, state in enumerate(queue):
+    for i, state in enumerate(found.values()):
         for action in state.legal_actions():
             legal[i, action] = True
             child_of[i, action] = number[str(state.child(action))]
@@ -109,8 +102,8 @@ def board() -> Board:
             for action, chance in minimax(state, state.current_player()).items():
                 best[i, action] = chance
     over = ~legal.any(1)
-    result = [state.returns()[0] for state in queue]
-    moves = torch.tensor([state.move_number() for state in queue])
+    result = [state.returns()[0] for state in found.values()]
+    moves = torch.tensor([state.move_number() for state in found.values()])
     legal |= over[:, None]
     return Board(tuple(found), moves, child_of, legal, over, torch.tensor(result).double(), best)
 

@@ -108,6 +108,19 @@ def states(game: str) -> Iterator[Any]:
     return (state for state in histories(game) if state.current_player() >= 0)
 
 
+def positions(game: str) -> Mapping[str, Any]:
+    """Every position of a small game without chance, by its text, in order of the moves made."""
+    root = load_game(game).new_initial_state()
+    found = {str(root): root}
+    queue = [root]
+    for state in queue:
+        for action in state.legal_actions():
+            child = state.child(action)
+            if found.setdefault(str(child), child) is child:
+                queue.append(child)
+    return found
+
+
 @lru_cache(maxsize=64)
 def is_small(game: str) -> bool:
     """Whether a game has at most 500,000 histories, so that all of them can be gone through."""

@@ -453,12 +453,16 @@ def test_more_than_two_seats():
 # ---------------------------------------------------------------------- what seats see
 
 
+@pytest.mark.parametrize("others", ["moves", "choices"])
+@pytest.mark.parametrize("moves", [0, 1])
 @pytest.mark.parametrize("game", ["kuhn_poker", "leduc_poker", "mini_hanabi", "simple_hanabi"])
-def test_a_seat_sees_nothing_of_what_another_one_holds(game):
+def test_a_seat_sees_nothing_of_what_another_one_holds(game, moves, others):
     """Two games that differ in hidden cards alone show the same, until someone acts on them."""
     seen = {}
     for seed in range(300):
-        text = OpenSpielText(game, seed)
+        text = OpenSpielText(game, seed, GameConfig(others=others))
+        if moves:
+            text.apply(text.state.legal_actions()[0])
         hidden = [text.state.observation_string(p) for p in range(2)]
         for seat in range(2):
             shown = (text.system(seat), text.render(seat))

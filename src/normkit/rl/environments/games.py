@@ -28,7 +28,7 @@ from normkit.errors import InputError
 from normkit.rl.environment import Reply, Split, Step, check_paired
 from normkit.rl.environments.game_texts import game_text, read_answer
 from normkit.rl.self_play import Policy, ask, check_player, draw, player
-from normkit.rl.spiel import deal, load_game, opening
+from normkit.rl.spiel import deal, hides, load_game, opening
 
 TRAIN = ("tic_tac_toe", "kuhn_poker", "mini_hanabi")
 HELDOUT = ("connect_four", "leduc_poker", "simple_hanabi")
@@ -42,7 +42,8 @@ class GameConfig:
     Attributes:
         thinking: whether a reply must begin with a think block; otherwise it may.
         others: what a message tells of the others' moves since the seat's last turn: nothing, the
-            moves, or the moves and what else they could have been.
+            moves, or the moves and what else they could have been (in games that hide nothing:
+            the hints that another could have given tell a player of Hanabi its own cards).
         penalty: what an illegal move costs on top of the seat's stake.
         well_formed: what every legal reply earns.
         draw: what each seat earns by a draw on a board, or by a last move in Hanabi that brings
@@ -134,7 +135,7 @@ class OpenSpielText:
         seat = self.seat
         if seat >= 0:
             told = f"{self.words.name(seat)}: {self.words.move(self.state, seat, action)}"
-            if self.config.others == "choices":
+            if self.config.others == "choices" and not hides(self.state.get_game()):
                 told += f" (of {', '.join(self.legal())})"
             self._moves.append((seat, told))
         self.state.apply_action(action)
