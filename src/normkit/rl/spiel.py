@@ -46,8 +46,11 @@ def load_game(name: str) -> Any:
         game = pyspiel.load_game(spelled)
     except pyspiel.SpielError:
         raise InputError(f"game: OpenSpiel cannot play {name!r} with these settings") from None
-    if game.get_type().dynamics != pyspiel.GameType.Dynamics.SEQUENTIAL:
-        raise InputError(f"game: the players of {name!r} must move one after another")
+    dynamics = game.get_type().dynamics
+    if dynamics != pyspiel.GameType.Dynamics.SEQUENTIAL:
+        at_once = dynamics == pyspiel.GameType.Dynamics.SIMULTANEOUS
+        instead = f", as in 'turn_based_simultaneous_game(game={game})'" if at_once else ""
+        raise InputError(f"game: the players of {name!r} must move one after another{instead}")
     return game
 
 

@@ -169,6 +169,17 @@ def test_hanabi_shows_others_cards_and_what_one_was_told():
     assert text.render(1).splitlines()[0] == "player 1: hint 1"
 
 
+def test_games_of_moves_at_once_are_refused_and_played_in_turns_unseen():
+    with pytest.raises(InputError, match="one after another, as in 'turn_based") as refused:
+        load_game("goofspiel")
+    name = str(refused.value).split("'")[-2]
+    first, second = (at(name, f"[P0]Bid: {bid}").render(1) for bid in (1, 2))
+    assert first == second
+    assert "[P1]Bid: 13" in first
+    with pytest.raises(InputError, match=r"one after another$"):
+        load_game("mfg_garnet")
+
+
 def test_games_that_hide_without_saying_what_one_sees_are_refused():
     assert not OpenSpielText("phantom_ttt").words.board
     text = at("phantom_ttt", "x(1,1)")
