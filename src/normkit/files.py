@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Strings in JSON hold no line breaks, so that this finds no part of one.
 _NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\n *\]')
 
@@ -35,7 +38,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _os_errors():
+            yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
@@ -63,7 +67,8 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        yield new
+        with _os_errors():
+            yield new
         for file in new.rglob("*"):
             if file.is_file():
                 with file.open("rb") as written:
@@ -116,3 +121,14 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise as OSError what safetensors, for a full disk too, has an error of its own for."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (found := _OS_ERROR.search(str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+

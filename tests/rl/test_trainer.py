@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from normkit.errors import InputError
-from normkit.rl import checkpoint as checkpoints
 from normkit.rl.checkpoint import load_checkpoint, save_checkpoint
 from normkit.rl.critic import CriticConfig
 from normkit.rl.dialogue import PackedRow, micro_batches, pack, turn_table
@@ -302,21 +301,31 @@ def test_a_step_draws_no_random_numbers_and_resuming_restores_them(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.fixture
+def little_room():
+    """A limit on the size of files: writes beyond it fail as on a full disk."""
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, request):
     trainer = make()
     trainer.train_step()
     trainer.save(tmp_path / "checkpoint")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()}
+    before = files_of(tmp_path / "checkpoint")
     trainer.train_step()
-
-    def full(tensors, path):
-        Path(path).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    request.getfixturevalue("little_room")
+    with pytest.raises(OSError, match="File too large"):
         trainer.save(tmp_path / "checkpoint")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()} == before
+    assert files_of(tmp_path / "checkpoint") == before
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -334,6 +343,27 @@ def test_checkpoints_of_other_models_are_refused(tmp_path):
         load_checkpoint(tmp_path / "c", model)
 
 
+def test_a_full_disk_does_not_hide_why_a_step_failed(tmp_path, request):
+    trainer = make(judge=PlainJudge(fail_all_after=3))
+    request.getfixturevalue("little_room")
+    with pytest.raises(JudgeUnavailableError):
+        trainer.train(tmp_path / "checkpoint")
+    assert trainer.step == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("keep", [0, 20, -1])
+def test_broken_files_of_a_checkpoint_are_named(tmp_path, name, keep):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(tmp_path, model, optimizer, {"step": 1})
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes().rstrip()[:keep])
+    with pytest.raises(InputError, match=re.escape(name)):
+        load_checkpoint(tmp_path, model, optimizer)
+
+
 class Paid:
     """Talks for as many turns as ``turns(seed)`` says and pays what ``reward(seed, turn)`` says."""
 
@@ -343,6 +373,8 @@ class Paid:
         self.world = ScriptedWorld(self.max_turns, turns, lambda *_: "Go on.")
         self.reward = reward
 
+    with pytest.raises(InputError, match="of another optimizer"):
+        load_checkpoint(tmp_path / "c", model, torch.optim.AdamW([model.weight]))
     def tasks(self, split):
         return ["a", "b"]
 

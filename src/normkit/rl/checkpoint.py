@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.errors import InputError
 from normkit.files import replaced_folder, standing_folder, write_json
+from normkit.runs import read_json
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _CRITIC = "critic.safetensors"
@@ -47,6 +48,9 @@ def save_checkpoint(
         state: JSON-ready values to go on from, such as the step.
         critic: what is trained beside the model, if anything; in a file of its own, so that the
             model loads without it.
+
+    Raises:
+        OSError: where it cannot be written.
     """
     with replaced_folder(folder) as new:
         _save_weights(model, new / _MODEL)
@@ -82,18 +86,19 @@ def load_checkpoint(
         critic: gets its weights; left alone if None.
 
     Raises:
-        InputError: where there is no checkpoint, it lacks a file, or it is of another model.
+        InputError: where there is no checkpoint, it lacks a file or has a broken one, or it is of
+            another model or optimizer.
     """
     folder = standing_folder(folder)
     modules = {_MODEL: model} if critic is None else {_MODEL: model, _CRITIC: critic}
     for name in (*modules, _OPTIMIZER, _STATE):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a checkpoint: {name} is missing")
-    stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    stored = read_json(folder, _STATE)
     for name, module in modules.items():
         _load_weights(module, folder / name)
     if optimizer is not None:
-        tensors = load_file(folder / _OPTIMIZER)
+        tensors = _load_tensors(folder / _OPTIMIZER)
         torch.set_rng_state(tensors.pop("rng"))
         values: dict[int, dict[str, Any]] = {}
         for index, known in stored["optimizer"]["numbers"].items():
@@ -105,7 +110,10 @@ def load_checkpoint(
         for group in groups:
             # JSON has no tuples, and Adam compares its betas as one.
             group.update({k: tuple(v) for k, v in group.items() if k == "betas"})
-        optimizer.load_state_dict({"state": values, "param_groups": groups})
+        try:
+            optimizer.load_state_dict({"state": values, "param_groups": groups})
+        except ValueError as error:
+            raise InputError(f"{folder} is of another optimizer: {error}") from None
     state: dict[str, Any] = stored["state"]
     return state
 
@@ -115,7 +123,7 @@ def _save_weights(module: nn.Module, path: Path) -> None:
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:
-    weights, parameters = load_file(path), trainable(module)
+    weights, parameters = _load_tensors(path), trainable(module)
     if weights.keys() != parameters.keys():
         odd = ", ".join(sorted(weights.keys() ^ parameters.keys())[:3])
         raise InputError(f"{path.parent} is of another model; names differ, such as {odd}")
@@ -127,3 +135,11 @@ def _load_weights(module: nn.Module, path: Path) -> None:
                     f"{tuple(weights[name].shape)}, expected {tuple(p.shape)}"
                 )
             p.copy_(weights[name])
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    return tensors
