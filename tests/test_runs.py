@@ -57,6 +57,14 @@ def test_rewinding_forgets_newer_and_broken_lines(tmp_path):
     assert read_table(tmp_path) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
 
 
+def test_separators_of_lines_inside_of_texts_cut_no_row(tmp_path):
+    logger = RunLogger(tmp_path, tensorboard=False)
+    row = {"step": 1, "reply": "a\u2028b\u2029c\x85d\x0ce\r\nf"}
+    logger.append("dialogues", [row])
+    logger.rewind(1)
+    assert read_table(tmp_path, "dialogues") == [row]
+
+
 def test_tensorboard_events_are_written(tmp_path):
     logger = RunLogger(tmp_path)
     logger.log(1, {"loss": 0.5, "by_turn": [1.0, 2.0]})

@@ -161,7 +161,8 @@ def read_json(folder: str | Path, name: str) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not by splitlines, which also cuts at the line separators that JSON leaves in strings.
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
