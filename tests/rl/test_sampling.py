@@ -83,6 +83,14 @@ def test_impossible_and_banned_tokens_are_never_drawn():
     assert sample(logits, u)[0][-2:] == [300, 698]
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"greedy": True}])
+def test_a_ban_holds_where_the_banned_token_has_all_the_mass(options):
+    logits = torch.tensor([[200.0, 0.0, 1.0], [0.0, 0.0, 200.0]])
+    tokens, logprobs = sample(logits, np.array([0.5, 0.5]), banned=torch.tensor([0]), **options)
+    assert tokens == [2, 2]
+    assert logprobs == [-199, 0]
+
+
 def test_greedy_ignores_the_uniform():
     logits = torch.tensor([[0.0, 3.0, 1.0]]).expand(3, 3)
     tokens, _ = sample(logits, np.array([0.0, 0.5, 0.999]), greedy=True, top_p=0.1)

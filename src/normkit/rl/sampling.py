@@ -61,7 +61,9 @@ def sample(
             "resume from an earlier checkpoint)"
         )
     if banned is not None and len(banned):
-        weights = weights.index_fill(1, banned, 0.0)
+        # Weighed anew: beside a banned token of almost all the mass the others would all be zero.
+        allowed = scaled.index_fill(1, banned, -torch.inf)
+        weights = (allowed - allowed.amax(-1, keepdim=True)).exp_()
         blocks = _blocks(weights)
         sums = blocks.sum(-1, dtype=torch.float64)
     uniform = torch.from_numpy(uniforms).to(logits.device)
