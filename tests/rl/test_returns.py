@@ -199,6 +199,7 @@ def test_joint_segments_number_combinations_in_order(rows, factor):
         (lambda x, i: discounted_cumsum(i, 1.0), "x must be floating point"),
         (lambda x, i: discounted_cumsum(x, torch.ones(3)), r"factor \(3,\) does not broadcast"),
         (lambda x, i: monte_carlo_returns(x, i, i[:1], 1.0), "reward and turn must have the same"),
+        (lambda x, i: monte_carlo_returns(i, i, i, 0.5), "reward must be floating point"),
         (lambda x, i: monte_carlo_returns(x, i, i, -0.1), r"gamma must be in 0\.\.1"),
         (lambda x, i: turn_gae(x, x[:1], i, i), "reward and value must have the same"),
         (lambda x, i: turn_gae(x, x, i, i, 1.0, 1.5), r"lam must be in 0\.\.1"),

@@ -56,6 +56,14 @@ def test_rows_are_those_of_a_loop_and_tokens_get_them_back(grid, explicit):
     assert float(turns.reward.sum()) == float(reward[spoken].double().sum())
 
 
+def test_numbers_of_turns_may_be_as_large_as_they_like():
+    reward, mask = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]), torch.ones(2, 3)
+    turns = grid_turns(reward, mask, torch.tensor([[3, 10**15, 10**15], [0, 3, 2**62]]))
+    assert turns.reward.tolist() == [1, 6, 8, 16, 32]
+    assert turns.turn.tolist() == [3, 10**15, 0, 3, 2**62]
+    assert turns.turn_row.tolist() == [[0, 1, 1], [2, 3, 4]]
+
+
 def test_an_unknown_reward_makes_its_turn_unknown_and_no_other():
     reward = torch.tensor([[0.0, math.nan, 0.0, 1.0]])
     turns = grid_turns(reward, torch.tensor([[1, 1, 0, 1]]))

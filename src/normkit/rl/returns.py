@@ -111,7 +111,7 @@ def monte_carlo_returns(reward: Tensor, dialogue: Tensor, turn: Tensor, gamma: f
         Returns ``[N]``, in the dtype of ``reward``.
 
     Raises:
-        InputError: for shapes that differ or a ``gamma`` out of range.
+        InputError: for integer rewards, shapes that differ, or a ``gamma`` out of range.
     """
     return turn_gae(reward, None, dialogue, turn, gamma, 1.0)
 
@@ -142,8 +142,10 @@ def turn_gae(
         Advantages ``[N]``, in the dtype of ``reward``.
 
     Raises:
-        InputError: for shapes that differ or a ``gamma`` or ``lam`` out of range.
+        InputError: for integer rewards, shapes that differ, or a ``gamma`` or ``lam`` out of range.
     """
+    if not reward.is_floating_point():
+        raise InputError(f"reward must be floating point, got {reward.dtype}")
     for name, other in (("value", value), ("dialogue", dialogue), ("turn", turn)):
         if other is not None and (other.shape != reward.shape or reward.dim() != 1):
             raise InputError(

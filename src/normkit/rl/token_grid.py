@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from normkit.errors import InputError
+from normkit.rl.returns import joint_segments
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,16 @@ def grid_turns(reward: Tensor, mask: Tensor, turn: Tensor | None = None) -> Grid
     first = torch.where(ours, turn, turn.max() + 1 if turn.numel() else 0)
     first = first.amin(1, keepdim=True) if turn.shape[1] else first
     owner = torch.where(latest < 0, first, latest)
-    width = int(owner.max()) + 1 if owner.numel() else 1
-    key = owner + torch.arange(len(turn), device=turn.device)[:, None] * width
+    home = torch.arange(len(turn), device=turn.device)[:, None].expand_as(turn)
+    key, size = joint_segments(home.reshape(-1), owner.reshape(-1))
+    key = key.view_as(turn)
     present, row = torch.unique(key[ours], return_inverse=True)
     turn_row = torch.full_like(turn, -1).masked_scatter(ours, row)
-    place = torch.full((len(turn) * width,), -1, dtype=torch.int64, device=turn.device)
+    place = torch.full((size,), -1, dtype=torch.int64, device=turn.device)
     place[present] = torch.arange(len(present), device=turn.device)
     target = place[key]
     exact = reward.to(torch.float32 if reward.device.type == "mps" else torch.float64)
     kept = target >= 0
     total = exact.new_zeros(len(present)).index_add(0, target[kept], exact[kept])
-    return GridTurns(total, present // width, present % width, turn_row)
+    dialogue, index = (torch.empty_like(present).scatter(0, row, x[ours]) for x in (home, turn))
+    return GridTurns(total, dialogue, index, turn_row)
