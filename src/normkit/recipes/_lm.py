@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -79,6 +79,11 @@ class Training:
             raise InputError(f"steps must be at least every = {self.every}, got {self.steps}")
         if not self.rates or min(self.rates) <= 0:
             raise InputError(f"rates must be positive, got {self.rates}")
+
+    def trainings(self, norms: Sequence[str]) -> list[tuple[str, float, int]]:
+        """Norm, rate and seed of every training."""
+        seeds = range(self.seeds)
+        return [(norm, rate, seed) for seed in seeds for rate in self.rates for norm in norms]
 
     @property
     def warmup(self) -> int:
@@ -165,16 +170,6 @@ class LanguageModel(nn.Module):
         """Logits ``[B, N, 256]`` of tokens ``[B, N]``."""
         x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
         return self.head(self.body(x))  # type: ignore[no-any-return]
-
-
-def trials(setting: Training, norms: Sequence[str], done: Sequence[Trial] = ()) -> Iterator[Trial]:
-    """Train every norm at every rate with every seed, but for what is done."""
-    known = {(t.norm, t.rate, t.seed) for t in done}
-    for seed in range(setting.seeds):
-        for rate in setting.rates:
-            for norm in norms:
-                if (norm, rate, seed) not in known:
-                    yield train(setting, norm, rate, seed)
 
 
 def train(setting: Training, norm: str, rate: float, seed: int) -> Trial:

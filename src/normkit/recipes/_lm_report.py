@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from normkit.recipes._lm import COLORS, Training, Trial, best, trials
-from normkit.recipes.base import Finding, Verdict, finish, verdict_of
-from normkit.report.plots import figure
+from normkit.recipes._lm import COLORS, Training, Trial, best, train
+from normkit.recipes._trials import run_missing
+from normkit.recipes.base import Finding, Run, Verdict, verdict_of
+from normkit.report.plots import figure, range_band
 from normkit.runs import RunLogger, read_table
 from normkit.statistics import bootstrap_interval
 
@@ -29,7 +28,7 @@ MARGIN = 0.02
 @cache
 def planned(norm: str) -> tuple[Trial, ...]:
     """The trials of a norm under :data:`PLAN`, once a process."""
-    return tuple(trials(PLAN, (norm,)))
+    return tuple(train(PLAN, *training) for training in PLAN.trainings((norm,)))
 
 
 def lower_loss(found: Sequence[Trial], better: str, worse: str) -> Finding:
@@ -110,62 +109,55 @@ def run_comparison(
         The results, as they stand in ``results.json``.
     """
     config.validate()
-    started = time.perf_counter()
-    console = Console()
-    logger = RunLogger(folder)
-    if not (folder / "config.json").exists():
-        logger.config(config)
-    found = [Trial(**row) for row in read_table(folder, "trials")]
-    total = len(norms) * len(config.rates) * config.seeds
-    missing = total - len(found)
-    for i, trial in enumerate(trials(config, norms, tuple(found))):
-        logger.append("trials", [asdict(trial)])
-        found.append(trial)
-        left = (time.perf_counter() - started) / (i + 1) * (missing - i - 1)
-        console.print(
-            f"{len(found)}/{total}  {trial.norm:7} rate {trial.rate:g} seed {trial.seed}: "
-            f"held-out loss {trial.loss:.3f}, by batch statistics {trial.by_batch:.3f}  "
-            f"{left:.0f} s left",
-            highlight=False,
-            soft_wrap=True,
-        )
+    run = Run(config, folder, anew=False)
+    found = run_missing(
+        run,
+        [Trial(**row) for row in read_table(folder, "trials")],
+        config.trainings(norms),
+        partial(train, config),
+        lambda t: (t.norm, t.rate, t.seed),
+        lambda t: (
+            f"{t.norm:7} rate {t.rate:g} seed {t.seed}: held-out loss {t.loss:.3f}, by batch "
+            f"statistics {t.by_batch:.3f}"
+        ),
+    )
     if not read_table(folder):
-        _log_curves(logger, config, found, norms)
+        _log_curves(run.logger, config, found, norms)
     draw(config, found, norms, folder / "plots")
     claims = {name: find(found) for name, find in findings.items()}
     results: dict[str, Any] = {
         "title": f"normkit run {slug}: norms of a small language model",
         "summary": [
-            f"{total} trainings of {config.steps} steps, {torch.get_num_threads()} threads, "
-            f"{time.perf_counter() - started:.0f} s; losses in nats a byte of held-out text, each "
+            f"{len(found)} trainings of {config.steps} steps, {torch.get_num_threads()} threads, "
+            f"{run.seconds:.0f} s; losses in nats a byte of held-out text, each "
             "norm at its own best rate, differences paired by seed, 95% interval",
             *(f"{name}: {f.measured} ({f.verdict})" for name, f in claims.items()),
         ],
         "table": _table(config, found, norms),
         "claims": {name: asdict(f) for name, f in claims.items()},
-        "seconds": time.perf_counter() - started,
+        "seconds": run.seconds,
     }
-    return finish(logger, results, console)
+    return run.finish(results)
 
 
 def draw(config: Training, found: Sequence[Trial], norms: Sequence[str], plots: Path) -> None:
     """Learning curves, gradients, and how far batches are from running statistics."""
     steps = range(config.every, config.steps + 1, config.every)
-    with figure(plots / "1_loss.png", 2) as (held_out, train):
+    every = range(1, config.steps + 1)
+    with figure(plots / "1_loss.png", 2) as (held_out, training):
         for norm in norms:
-            own = best(found, norm)
-            _band(held_out, steps, [t.held_out for t in own], norm)
-            _band(train, range(1, config.steps + 1), [_smooth(t.train) for t in own], norm)
+            own, style = best(found, norm), (COLORS[norm], norm)
+            range_band(held_out, steps, [t.held_out for t in own], *style)
+            range_band(training, every, [_smooth(t.train) for t in own], *style)
         held_out.set(title="held-out text, evaluation", xlabel="step", ylabel="nats a byte")
-        train.set(title="training, running mean of 10 steps", xlabel="step", ylabel="nats a byte")
+        training.set(title="training, running mean of 10 steps", xlabel="step")
         held_out.legend(fontsize=8)
     with figure(plots / "2_stability.png", 2) as (gradients, distance):
         for norm in norms:
-            own = best(found, norm)
-            every = range(1, config.steps + 1)
-            _band(gradients, every, [_smooth(t.grad_norm) for t in own], norm)
+            own, style = best(found, norm), (COLORS[norm], norm)
+            range_band(gradients, every, [_smooth(t.grad_norm) for t in own], *style)
             if own[0].distance:
-                _band(distance, every, [_smooth(t.distance) for t in own], norm)
+                range_band(distance, every, [_smooth(t.distance) for t in own], *style)
         gradients.set(title="norm of the gradient", xlabel="step", yscale="log")
         distance.set(
             title="batch from running statistics", xlabel="step", ylabel="relative distance"
@@ -205,15 +197,6 @@ def _log_curves(
     for i, step in enumerate(range(config.every, config.steps + 1, config.every)):
         curves = {n: _mean([t.held_out[i] for t in best(found, n)]) for n in norms}
         logger.log(step, {f"held-out loss {norm}": loss for norm, loss in curves.items()})
-
-
-def _band(ax: Any, x: Sequence[int], curves: Sequence[Sequence[float]], norm: str) -> None:
-    """Draw the mean of the seeds over their range."""
-    columns = list(zip(*curves, strict=True))
-    ax.plot(x, [_mean(c) for c in columns], color=COLORS[norm], label=norm)
-    ax.fill_between(
-        x, [min(c) for c in columns], [max(c) for c in columns], color=COLORS[norm], alpha=0.2
-    )
 
 
 def _smooth(values: Sequence[float], width: int = 10) -> list[float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from normkit.recipes._mapo_comparison import NAMES, Facts, Plan, Trial, compare
 from normkit.recipes._trials import keep_each
 from normkit.recipes.base import Run
-from normkit.report.plots import figure
+from normkit.report.plots import error_bars, figure, interval_band, side_legend
 from normkit.statistics import Interval, bootstrap_interval
 
 if TYPE_CHECKING:
@@ -151,23 +151,15 @@ def plot_learning(trials: Sequence[Trial], plan: Plan, path: Path) -> None:
             for trial in trials:
                 if trial.horizon != horizon or not _headline(trial, plan):
                     continue
-                color, strong = _COLORS.get(trial.name), trial.name in _BANDED
-                ends = [bootstrap_interval(seeds, draws=1000) for seeds in trial.curve]
-                steps = range(1, len(ends) + 1)
-                ax.plot(
-                    steps,
-                    [e.mean for e in ends],
-                    color=color,
-                    lw=1.8 if strong else 0.9,
-                    ls="-" if strong else "--",
-                    label=trial.name,
-                )
-                if strong:
-                    low, high = [e.low for e in ends], [e.high for e in ends]
-                    ax.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
+                updates, style = range(1, len(trial.curve) + 1), (_COLORS[trial.name], trial.name)
+                if trial.name in _BANDED:
+                    interval_band(ax, updates, trial.curve, *style)
+                else:
+                    mean = [_mean(seeds) for seeds in trial.curve]
+                    ax.plot(updates, mean, color=style[0], lw=0.9, ls="--", label=style[1])
             ax.set(title=f"{horizon} turns", xlabel="update", ylim=(-0.25, 1.02))
         axes[0].set_ylabel("return of training dialogues / optimum")
-        _legend(axes[-1])
+        side_legend(axes[-1])
 
 
 def plot_final(trials: Sequence[Trial], plan: Plan, path: Path) -> None:
@@ -184,17 +176,12 @@ def plot_final(trials: Sequence[Trial], plan: Plan, path: Path) -> None:
                     and t.group_size == plan.group_sizes[0]
                 }
                 ends: list[Interval] = [bootstrap_interval(here[name].final) for name in names]
-                means = [e.mean for e in ends]
-                errors = [
-                    [e.mean - e.low for e in ends],
-                    [e.high - e.mean for e in ends],
-                ]
                 ax.barh(
                     [i + shift for i in range(len(names))],
-                    means,
+                    [e.mean for e in ends],
                     0.38,
-                    xerr=errors,
-                    color=[_COLORS.get(name, "tab:blue") for name in names],
+                    xerr=error_bars(ends),
+                    color=[_COLORS[name] for name in names],
                     alpha=alpha,
                     error_kw={"lw": 1, "capsize": 2},
                 )
@@ -210,7 +197,7 @@ def plot_truth(trials: Sequence[Trial], plan: Plan, path: Path) -> None:
     longest = plan.horizons[-1]
     with figure(path, columns=3, width=5.0) as (correlation, cosine, groups):
         for name in plan.names:
-            style = {"color": _COLORS.get(name), "marker": "o", "ms": 3, "lw": 1.3, "label": name}
+            style = {"color": _COLORS[name], "marker": "o", "ms": 3, "lw": 1.3, "label": name}
             mine = [t for t in own if t.name == name]
             first = [t for t in mine if t.group_size == plan.group_sizes[0]]
             last = [t for t in mine if t.horizon == longest]
@@ -225,8 +212,4 @@ def plot_truth(trials: Sequence[Trial], plan: Plan, path: Path) -> None:
         for ax in (correlation, cosine):
             ax.set(xlabel=f"turns (groups of {plan.group_sizes[0]})", xticks=plan.horizons)
         groups.set(xlabel="group size (64 dialogues in all)", xticks=plan.group_sizes)
-        _legend(groups)
-
-
-def _legend(ax: Any) -> None:
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        side_legend(groups)

@@ -17,7 +17,7 @@ import numpy as np
 
 from normkit.errors import InputError
 from normkit.recipes._language import Played, Study, conduct, open_run, progress, tell_lessons
-from normkit.report.plots import figure
+from normkit.report.plots import error_bars, figure
 from normkit.rl.chat_format import ChatFormat
 from normkit.rl.checkpoint import has_checkpoint
 from normkit.rl.dialogue import Dialogue
@@ -165,7 +165,7 @@ def _plot(folder: Path, labels: Sequence[str]) -> None:
                 ax.errorbar(
                     mean.mean,
                     place + shift,
-                    xerr=[[mean.mean - mean.low], [mean.high - mean.mean]],
+                    xerr=error_bars([mean]),
                     color=color,
                     marker="o",
                     markersize=4,

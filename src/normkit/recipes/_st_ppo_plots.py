@@ -10,7 +10,7 @@ import numpy as np
 
 from normkit.recipes._st_ppo_arms import ARMS
 from normkit.recipes._st_ppo_comparison import Trial
-from normkit.report.plots import figure
+from normkit.report.plots import error_bars, figure, interval_band, side_legend
 from normkit.statistics import bootstrap_interval
 
 COLORS = dict(
@@ -66,7 +66,7 @@ def plot_lags(trials: Sequence[Trial], path: Path) -> None:
         clipped.set(title="tokens that are clipped", ylabel="share")
         for ax in (bias, gradient, clipped):
             ax.set_xlabel("updates since sampling")
-        _legend(clipped, "method, learning rate")
+        side_legend(clipped, "method, learning rate")
 
 
 def plot_courses(
@@ -83,10 +83,10 @@ def plot_courses(
     with figure(path, columns=len(columns), width=3.6) as axes:
         for ax, (title, trials) in zip(axes, columns.items(), strict=True):
             for trial in trials:
-                _band(ax, np.asarray(trial.curve), COLORS[trial.name], trial.name, every)
+                _band(ax, trial.curve, COLORS[trial.name], trial.name, every)
             ax.set(title=title, xlabel="update", ylim=(0, 1.02))
         axes[0].set_ylabel(label)
-        _legend(axes[-1], "")
+        side_legend(axes[-1])
 
 
 def plot_staleness(columns: Mapping[int, Sequence[Trial]], path: Path) -> None:
@@ -109,7 +109,7 @@ def plot_staleness(columns: Mapping[int, Sequence[Trial]], path: Path) -> None:
                 ax.errorbar(
                     [s * 1.06 ** (i - 3) for s in columns],
                     [f.mean for f in found],
-                    [[f.mean - f.low for f in found], [f.high - f.mean for f in found]],
+                    error_bars(found),
                     color=COLORS[name],
                     label=name,
                     marker="o",
@@ -120,7 +120,7 @@ def plot_staleness(columns: Mapping[int, Sequence[Trial]], path: Path) -> None:
             ax.set(title=title, xlabel="updates per batch", xscale="log")
             ax.set_xticks(list(columns), [str(s) for s in columns])
             ax.minorticks_off()
-        _legend(axes[-1], "")
+        side_legend(axes[-1])
 
 
 def plot_rates(trials: Sequence[Trial], path: Path) -> None:
@@ -134,17 +134,9 @@ def plot_rates(trials: Sequence[Trial], path: Path) -> None:
                 ax.scatter([rate] * len(row), row, color=COLORS[trial.name], s=9)
         ax.set(title=f"staleness {trials[0].staleness}", xscale="log", ylim=(0, 1.02))
         ax.set(xlabel="learning rate", ylabel="exact match at the end")
-        _legend(ax, "")
+        side_legend(ax)
 
 
 def _band(ax: Any, rows: Any, color: str, label: str, every: int = 1) -> None:
-    """Mean over seeds of ``rows`` (points by seeds), with its interval."""
-    ends = [bootstrap_interval(row.tolist(), draws=500) for row in np.asarray(rows)]
-    x = [i * every for i in range(len(ends))]
-    ax.plot(x, [e.mean for e in ends], color=color, lw=1.4, label=label)
-    ax.fill_between(x, [e.low for e in ends], [e.high for e in ends], color=color, alpha=0.18, lw=0)
-
-
-def _legend(ax: Any, title: str) -> None:
-    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
-    ax.legend(fontsize=8, title=title or None, title_fontsize=8, frameon=False, **place)
+    """Mean over seeds of ``rows`` (points by seeds) from update 0 on, with its interval."""
+    interval_band(ax, range(0, len(rows) * every, every), np.asarray(rows).tolist(), color, label)

@@ -37,7 +37,7 @@ from normkit.recipes._layernorm_digits import (
 )
 from normkit.recipes._trials import run_missing
 from normkit.recipes.base import Run, System
-from normkit.report.plots import figure
+from normkit.report.plots import figure, range_band
 from normkit.runs import RunLogger, read_table
 
 COLORS = dict(zip(NETS, ("tab:grey", "tab:blue"), strict=True))
@@ -113,7 +113,7 @@ def plot(found: Comparison, config: Config, folder: Path) -> None:
     with figure(folder / "plots" / "1_held-out_loss.png", len(config.rates), 4.0) as axes:
         for ax, rate in zip(axes, config.rates, strict=True):
             for net in NETS:
-                _band(ax, steps, [t.losses for t in found.of(net, rate)], net)
+                range_band(ax, steps, [t.losses for t in found.of(net, rate)], COLORS[net], net)
             ax.axhline(config.loss, color="black", linewidth=0.8, linestyle=":")
             ax.set(title=f"learning rate {rate:g}", xlabel="step", yscale="log", ylim=(0.08, 4))
             ax.set_yticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
@@ -123,20 +123,12 @@ def plot(found: Comparison, config: Config, folder: Path) -> None:
     read = range(1, config.chain + 1)
     with figure(folder / "plots" / "2_reading_on_without_a_reset.png", 2) as (accuracy, cell):
         for net in NETS:
-            _band(accuracy, read, [t.chain_accuracy for t in found.of(net)], net)
-            _band(cell, read, [t.chain_cell for t in found.of(net)], net)
+            own, style = found.of(net), (COLORS[net], net)
+            range_band(accuracy, read, [t.chain_accuracy for t in own], *style)
+            range_band(cell, read, [t.chain_cell for t in own], *style)
         accuracy.set(title="accuracy", xlabel="digits read", ylabel="share right", ylim=(0, 1))
         cell.set(title="size of the cell", xlabel="digits read", ylabel="root mean square")
         accuracy.legend(fontsize=8)
-
-
-def _band(ax: Any, x: Sequence[int], curves: Sequence[Sequence[float]], net: str) -> None:
-    """Draw the mean of the seeds over their range."""
-    columns = list(zip(*curves, strict=True))
-    ax.plot(x, [sum(c) / len(c) for c in columns], color=COLORS[net], label=net)
-    ax.fill_between(
-        x, [min(c) for c in columns], [max(c) for c in columns], color=COLORS[net], alpha=0.2
-    )
 
 
 def _log_curves(logger: RunLogger, folder: Path, found: Comparison) -> None:

@@ -18,7 +18,7 @@ the small policies are not pulled to a reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,7 @@ from normkit.recipes._mars_measured import (
 from normkit.recipes._mars_tree import GAMES
 from normkit.recipes._trials import keep_each
 from normkit.recipes.base import Run, System
-from normkit.report.plots import figure
+from normkit.report.plots import error_bars, figure, interval_band
 from normkit.statistics import bootstrap_interval
 
 Trials = Mapping[str, Mapping[str, Trial]]
@@ -241,19 +241,12 @@ def _mean(x: Any) -> float:
 # ----------------------------------------------------------------------- plots
 
 
-def _band(ax: Any, games: Sequence[int], curve: Sequence[Sequence[float]], name: str) -> None:
-    ends = [bootstrap_interval(seeds, draws=500) for seeds in curve]
-    ax.plot(games, [e.mean for e in ends], color=COLORS[name], label=name)
-    low, high = [e.low for e in ends], [e.high for e in ends]
-    ax.fill_between(games, low, high, color=COLORS[name], alpha=0.2, lw=0)
-
-
 def plot_poker(trials: Trials, path: Path) -> None:
     """Exploitability by games played; bands are 95% intervals of the mean over seeds."""
     with figure(path, columns=3, width=4.6) as axes:
         for ax, game in zip(axes, GAMES, strict=True):
             for name, trial in trials[game].items():
-                _band(ax, trial.games, trial.curve, name)
+                interval_band(ax, trial.games, trial.curve, COLORS[name], name)
                 last = [sum(seeds) / len(seeds) for seeds in trial.last]
                 ax.plot(trial.games, last, color=COLORS[name], ls=":", lw=1)
             ax.set(title=f"{game} (dotted: last policy)", xlabel="games played")
@@ -274,8 +267,9 @@ def plot_gradients(qualities: Qualities, path: Path) -> None:
             bias.scatter(at, [q.limit for q in found], color="black", marker="_", s=60, zorder=3)
             for ax, metric in ((variance, "variance"), (cosine, "cosine")):
                 ends = [bootstrap_interval(getattr(q, metric).tolist(), draws=300) for q in found]
-                spread = [[e.mean - e.low for e in ends], [e.high - e.mean for e in ends]]
-                ax.bar(at, [e.mean for e in ends], yerr=spread, error_kw={"lw": 0.8}, **style)
+                ax.bar(
+                    at, [e.mean for e in ends], yerr=error_bars(ends), error_kw={"lw": 0.8}, **style
+                )
         bias.set(title="bias over gradient (dashes: of endless games)")
         variance.set(title="variance over squared gradient")
         cosine.set(title="cosine with the exact gradient")
@@ -288,7 +282,7 @@ def plot_hanabi(trials: Mapping[str, Trial], path: Path) -> None:
     """Points of the training games in Mini Hanabi; bands are 95% intervals over seeds."""
     with figure(path, width=6.5) as (ax,):
         for name, trial in trials.items():
-            _band(ax, trial.games, trial.curve, name)
+            interval_band(ax, trial.games, trial.curve, COLORS[name], name)
         ax.set(title="Mini Hanabi", xlabel="games played", ylabel="points of 4")
         ax.legend(fontsize=8)
 

@@ -39,7 +39,7 @@ from normkit.recipes._matchtir_measured import (
 from normkit.recipes._matchtir_tabular import KINDS, SETTINGS
 from normkit.recipes._trials import ComparisonPlan, keep_each
 from normkit.recipes.base import Run, System
-from normkit.report.plots import figure
+from normkit.report.plots import error_bars, figure, interval_band
 from normkit.statistics import bootstrap_interval
 
 METRICS = ("f1", "answer", "redundant", "wrong")
@@ -198,11 +198,8 @@ def plot_learning(trials: Mapping[str, Trial], path: Path) -> None:
     """Solve-F1 by update; bands are 95% intervals of the mean over seeds."""
     with figure(path, width=7.0) as (ax,):
         for name, trial in trials.items():
-            ends = [bootstrap_interval(seeds, draws=500) for seeds in trial.curve]
-            steps = range(1, len(ends) + 1)
-            ax.plot(steps, [e.mean for e in ends], color=COLORS[name], label=name)
-            low, high = [e.low for e in ends], [e.high for e in ends]
-            ax.fill_between(steps, low, high, color=COLORS[name], alpha=0.2, lw=0)
+            updates = range(1, len(trial.curve) + 1)
+            interval_band(ax, updates, trial.curve, COLORS[name], name)
         ax.set(title="training dialogues", xlabel="update of 72 dialogues", ylabel="solve-F1")
         ax.legend(fontsize=8)
 
@@ -218,7 +215,7 @@ def plot_final(trials: Mapping[str, Trial], path: Path) -> None:
                 [n + shift for n in scores],
                 [e.mean for e in ends],
                 0.15,
-                yerr=[[e.mean - e.low for e in ends], [e.high - e.mean for e in ends]],
+                yerr=error_bars(ends),
                 color=COLORS[name],
                 label=name,
                 error_kw={"lw": 0.8},
@@ -228,7 +225,7 @@ def plot_final(trials: Mapping[str, Trial], path: Path) -> None:
                 ax.bar(
                     place,
                     e.mean,
-                    yerr=[[e.mean - e.low], [e.high - e.mean]],
+                    yerr=error_bars([e]),
                     color=COLORS[name],
                     error_kw={"lw": 1, "capsize": 2},
                 )
@@ -250,7 +247,7 @@ def plot_credit(credited: Mapping[str, Mapping[str, Sequence[float]]], path: Pat
                 [i + 0.2 * (place - 1.5) for i in range(len(ends))],
                 [e.mean for e in ends],
                 0.19,
-                yerr=[[e.mean - e.low for e in ends], [e.high - e.mean for e in ends]],
+                yerr=error_bars(ends),
                 label=kind,
                 color=("tab:green", "tab:orange", "tab:red", "tab:grey")[place],
                 error_kw={"lw": 0.8},

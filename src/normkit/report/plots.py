@@ -9,6 +9,7 @@ from typing import Any
 
 from normkit.errors import MissingDependencyError
 from normkit.files import atomic_path
+from normkit.statistics import Interval, bootstrap_interval
 
 
 @contextmanager
@@ -31,6 +32,52 @@ def figure(path: str | Path, columns: int = 1, width: float = 6.0) -> Iterator[S
             fig.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
     finally:
         pyplot.close(fig)
+
+
+def interval_band(
+    ax: Any, x: Sequence[float], curve: Sequence[Sequence[float]], color: str, label: str
+) -> None:
+    """Draw the mean over seeds of a curve, with its 95% interval.
+
+    Args:
+        ax: the axes.
+        x: places of the points.
+        curve: values by point and seed.
+        color: of line and band.
+        label: for the legend.
+    """
+    ends = [bootstrap_interval(seeds, draws=500) for seeds in curve]
+    ax.plot(x, [e.mean for e in ends], color=color, label=label)
+    low, high = [e.low for e in ends], [e.high for e in ends]
+    ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+
+
+def range_band(
+    ax: Any, x: Sequence[float], curves: Sequence[Sequence[float]], color: str, label: str
+) -> None:
+    """Draw the mean over a few seeds of a curve, over the range of the seeds.
+
+    Args:
+        ax: the axes.
+        x: places of the points.
+        curves: values by seed and point.
+        color: of line and band.
+        label: for the legend.
+    """
+    points = list(zip(*curves, strict=True))
+    ax.plot(x, [sum(seeds) / len(seeds) for seeds in points], color=color, label=label)
+    ax.fill_between(x, list(map(min, points)), list(map(max, points)), color=color, alpha=0.2)
+
+
+def error_bars(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Lengths of the error bars of means, downwards and upwards, as matplotlib takes them."""
+    return [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+
+
+def side_legend(ax: Any, title: str | None = None) -> None:
+    """Put the legend to the right of the axes."""
+    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    ax.legend(fontsize=8, title=title, title_fontsize=8, frameon=False, **place)
 
 
 def training_curves(
