@@ -8,6 +8,7 @@ import torch
 
 from normkit.errors import InputError
 from normkit.recipes import _matchtir_measured as measured
+from normkit.recipes._matchtir_language import _reference
 from normkit.recipes._matchtir_measured import Trial, compare, credits, told_apart
 from normkit.recipes._matchtir_tabular import (
     ANSWER,
@@ -26,7 +27,7 @@ from normkit.recipes._trials import ComparisonPlan
 from normkit.recipes.matchtir import SYSTEM, Config, run
 from normkit.rl.environment import Reply
 from normkit.rl.environments.tool_tasks import make_tasks
-from normkit.rl.environments.tools import ToolWorld
+from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
 from normkit.runs import read_json, read_table
 from tests.reference import matchtir as oracle
 
@@ -196,7 +197,15 @@ def test_a_run_leaves_tables_plots_and_a_report(tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("seeds", 1), ("updates", 0), ("rates", ()), ("rates", (-1.0,)), ("reg", 0.0), ("heldout", 0)],
+    [
+        ("seeds", 1),
+        ("updates", 0),
+        ("rates", ()),
+        ("rates", (-1.0,)),
+        ("reg", 0.0),
+        ("heldout", 0),
+        ("warm_start", -1),
+    ],
 )
 def test_bad_flags_are_refused(flag, value):
     with pytest.raises(InputError, match=flag):
@@ -213,10 +222,28 @@ def test_a_chat_model_is_trained_in_the_tool_world(tmp_path, monkeypatch):
     model.config.max_position_embeddings = 8192
     monkeypatch.setattr(models, "load_policy", lambda *_: (model, tokenizer))
     config = Config(
-        world="language", steps=1, groups=1, group_size=2, max_turns=2, max_new_tokens=4, heldout=2
+        world="language",
+        warm_start=1,
+        steps=1,
+        groups=1,
+        group_size=2,
+        max_turns=2,
+        max_new_tokens=4,
+        heldout=2,
     )
     results = run(config, tmp_path)
+    assert "without them solve-F1 is 0.000" in results["summary"][-1]
     assert results["table"]["rows"][0][:2] == ["greedy", "score"]
     (step,) = read_table(tmp_path)
     assert np.isfinite(step["loss"] if "loss" in step else step["grad_norm"])
     assert (tmp_path / "report.html").exists()
+
+
+def test_the_replies_that_a_warm_start_shows_solve_every_task():
+    world = ToolWorld(ToolWorldConfig(max_turns=Config().max_turns))
+    for task in (*world.tasks("train"), *world.tasks("heldout")):
+        session = world.start(task, 0)
+        while session.ended is None:
+            world.step([session], [Reply(_reference(session))])
+        assert session.ended == "success"
+        assert world.score(session)["score"] == 1

@@ -8,7 +8,7 @@ import pytest
 
 from normkit.commands import evaluate
 from normkit.errors import InputError
-from normkit.recipes import _st_ppo_language
+from normkit.recipes import _language
 from normkit.recipes._st_ppo_language import METRICS, _reference
 from normkit.recipes.st_ppo import Config, run
 from normkit.rl import models
@@ -67,7 +67,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, monkeypatc
     run(Config(**SMALL), whole)
     run(Config(**{**SMALL, "steps": 1}), stopped)
     taught = []
-    monkeypatch.setattr(_st_ppo_language, "imitate", lambda *_, **__: taught.append(1))
+    monkeypatch.setattr(_language, "imitate", lambda *_, **__: taught.append(1))
     run(Config(**SMALL), stopped)
     assert taught == []  # the checkpoint has been taught
     for row, other in zip(read_table(whole), read_table(stopped), strict=True):

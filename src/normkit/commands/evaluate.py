@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from normkit.errors import InputError
-from normkit.files import finite, write_json
+from normkit.files import check_file, finite, write_json
 from normkit.rl.environment import HELDOUT_SEED, Environment, Split, evaluation_tasks
 from normkit.rl.evaluation.dialogues import score_dialogues
 from normkit.rl.evaluation.emobench import Item, ask_emobench, read_emobench, weigh_emobench
@@ -145,6 +145,8 @@ def _check(options: EvaluateOptions) -> None:
         raise InputError("likelihood needs models on this machine; leave out --url or --likelihood")
     if options.likelihood and options.emobench is None:
         raise InputError("likelihood is a way to score EmoBench; give its folder with --emobench")
+    if options.out is not None:
+        check_file(options.out)
 
 
 def _player(name: str, options: EvaluateOptions) -> Player:
@@ -254,7 +256,7 @@ WORLDS: Mapping[str, World] = {
     "empathy": World(
         _empathy, {"EPM-Q": "score", "distance closed": "closed", "success": "success"}, 4, 48
     ),
-    "tools": World(_tools, {"solve-F1": "score", "answer F1": "answer", "calls": "calls"}, 6, 64),
+    "tools": World(_tools, {"solve-F1": "score", "answer F1": "answer", "calls": "calls"}, 7, 64),
     "search": World(
         _search, {"exact match": "score", "F1": "f1", "passages found": "found"}, 4, 40
     ),

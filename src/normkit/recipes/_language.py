@@ -21,11 +21,14 @@ from normkit.recipes.base import finish
 from normkit.report.plots import before_after, training_curves
 from normkit.rl.checkpoint import has_checkpoint
 from normkit.rl.dialogue import Dialogue, finite_mean
+from normkit.rl.imitation import imitate, write_dialogues
 from normkit.rl.trainer import Trainer
 from normkit.runs import RunLogger, process_rank, read_json, read_table
 from normkit.statistics import Interval, bootstrap_interval
 
 _SIDES = ("before", "after")
+_LESSON = 1e-4
+"""Learning rate of a warm start."""
 
 Played: TypeAlias = Mapping[str, Sequence[Dialogue]]
 """Dialogues by how their replies were chosen, "greedy" or "sampled"; the headline comes first."""
@@ -106,6 +109,49 @@ def progress(console: Console, score: str) -> Callable[[str, Mapping[str, Any]],
         )
 
     return report
+
+
+def teach(
+    trainer: Trainer,
+    folder: Path,
+    study: Study,
+    console: Console,
+    tasks: Sequence[str],
+    write: Callable[[Any], str],
+    updates: int,
+) -> Study:
+    """Score the model as it comes, then show it dialogues of training tasks that a rule writes.
+
+    A run that has a checkpoint, or takes no ``updates``, is left as it is.
+
+    Args:
+        trainer: the trainer, before :func:`conduct`.
+        folder: the run folder; gets ``untaught.json``.
+        study: what to measure.
+        console: where progress is shown.
+        tasks: tasks that are shown.
+        write: the right reply to a session as it stands.
+        updates: of supervised learning on these replies.
+
+    Returns:
+        The study, with a note on what the model was shown and how it did before.
+    """
+    if not updates:
+        return study
+    if not has_checkpoint(folder / "checkpoint"):
+        if not (folder / "untaught.json").exists():
+            evaluate(trainer, folder, "untaught", study, console)
+        lessons = write_dialogues(trainer.environment, tasks, write, trainer.rollout.format)
+        with console.status("imitating reference dialogues"):
+            seed = trainer.config.seed
+            losses = imitate(trainer.model, lessons, updates, learning_rate=_LESSON, seed=seed)
+        tell_lessons(console, "reference dialogues", losses)
+    untaught = [d["scores"]["score"] for d in read_json(folder, "untaught.json")["greedy"]]
+    note = (
+        f"{updates} updates of supervised learning on reference dialogues of training tasks came "
+        f"first; without them {study.score} is {finite_mean(untaught):.3f}"
+    )
+    return replace(study, notes=(*study.notes, note))
 
 
 def conduct(trainer: Trainer, folder: Path, study: Study, console: Console) -> Mapping[str, Any]:

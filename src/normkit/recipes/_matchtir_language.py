@@ -1,14 +1,20 @@
-"""A chat model in the tool world: ``normkit run matchtir --world language``."""
+"""A chat model in the tool world: ``normkit run matchtir --world language``.
+
+SmolLM2-135M calls no tool of its own accord, so that no reward would ever tell its dialogues apart.
+It is first shown reference dialogues of training tasks (``warm_start`` updates of supervised
+learning); what is measured of the credit begins after that.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normkit.recipes._language import Study, conduct, open_run, play_heldout, progress
-from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
+from normkit.recipes._language import Study, conduct, open_run, play_heldout, progress, teach
+from normkit.rl.environments.tools import ToolSession, ToolWorld, ToolWorldConfig
 from normkit.rl.rollout import RolloutConfig
 from normkit.rl.tool_rewards import MatchOptions
 from normkit.rl.trainer import Trainer, TrainerConfig
@@ -57,4 +63,14 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         metrics=METRICS,
         play=partial(play_heldout, count=config.heldout),
     )
+    known = world.tasks("train")
+    study = teach(trainer, folder, study, console, known, _reference, config.warm_start)
     return conduct(trainer, folder, study, console)
+
+
+def _reference(session: ToolSession) -> str:
+    """The next reply of the reference trace: a call, or the answer."""
+    task, made = session.reference, len(session.calls)
+    if made < len(task.gold):
+        return f"<tool_call>{json.dumps(task.gold[made].to_json())}</tool_call>"
+    return f"<answer>{task.answer}</answer>"

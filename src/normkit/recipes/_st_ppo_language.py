@@ -8,33 +8,27 @@ of supervised learning); what is measured of the methods begins after that.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
 
 from normkit.data.searchable import open_world
 from normkit.errors import InputError
 from normkit.recipes._language import (
     Study,
     conduct,
-    evaluate,
     open_run,
     play_heldout,
     progress,
-    tell_lessons,
+    teach,
 )
 from normkit.report.plots import figure
-from normkit.rl.checkpoint import has_checkpoint
 from normkit.rl.dialogue import Dialogue, finite_mean
-from normkit.rl.environments.search import SearchSession, SearchWorld, SearchWorldConfig
-from normkit.rl.imitation import imitate, write_dialogues
+from normkit.rl.environments.search import SearchSession, SearchWorldConfig
 from normkit.rl.presets import preset
 from normkit.rl.rollout import RolloutConfig
 from normkit.rl.trainer import Trainer
-from normkit.runs import read_json, read_table
+from normkit.runs import read_table
 
 if TYPE_CHECKING:
     from normkit.recipes.st_ppo import Config
@@ -42,8 +36,6 @@ if TYPE_CHECKING:
 METRICS = ("score", "f1", "found", "answered", "searches", "repeated", "malformed")
 HITS = 2
 """Passages that a search shows: prompts are what takes the time."""
-_LESSON = 1e-4
-"""Learning rate of the warm start."""
 
 
 class SearchTrainer(Trainer):
@@ -104,39 +96,11 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         tasks="held-out questions",
         plot=plot,
     )
-    if config.warm_start:
-        if not has_checkpoint(folder / "checkpoint"):
-            _warm_start(trainer, world, study, config, folder, console)
-        untaught = [d["scores"]["score"] for d in read_json(folder, "untaught.json")["greedy"]]
-        note = (
-            f"{config.warm_start} updates of supervised learning on reference dialogues of "
-            f"training questions came first; without them {study.score} is "
-            f"{finite_mean(untaught):.3f}"
-        )
-        study = replace(study, notes=(note,))
-    return conduct(trainer, folder, study, console)
-
-
-def _warm_start(
-    trainer: Trainer,
-    world: SearchWorld,
-    study: Study,
-    config: Config,
-    folder: Path,
-    console: Console,
-) -> None:
-    """Score the model as it comes, then show it reference dialogues of the training questions."""
     known = [task for task in world.tasks("train") if world.questions[task].queries]
-    if not known:
+    if config.warm_start and not known:
         raise InputError("warm_start: no question comes with queries; set --warm-start 0")
-    if not (folder / "untaught.json").exists():
-        evaluate(trainer, folder, "untaught", study, console)
-    lessons = write_dialogues(world, known, _reference, trainer.rollout.format)
-    with console.status("imitating reference dialogues"):
-        losses = imitate(
-            trainer.model, lessons, config.warm_start, learning_rate=_LESSON, seed=config.seed
-        )
-    tell_lessons(console, "reference dialogues", losses)
+    study = teach(trainer, folder, study, console, known, _reference, config.warm_start)
+    return conduct(trainer, folder, study, console)
 
 
 def _reference(session: SearchSession) -> str:

@@ -62,6 +62,7 @@ class Config:
         estimator: how turns are credited; "grpo" with rewards for the answer only.
         matching: how calls are matched.
         reg: weight of the entropy of "ot".
+        warm_start: updates of supervised learning first; 0 for none.
         steps: rollout-and-update rounds.
         groups: tasks per step.
         group_size: dialogues per task.
@@ -82,10 +83,11 @@ class Config:
     estimator: Literal["matchtir", "grpo", "turn"] = "matchtir"
     matching: Method = "hungarian"
     reg: float = 0.1
+    warm_start: int = 16
     steps: int = 20
     groups: int = 4
     group_size: int = 4
-    max_turns: int = 6
+    max_turns: int = 7
     max_new_tokens: int = 64
     learning_rate: float = 2e-5
     lora_rank: int = 0
@@ -103,10 +105,11 @@ class Config:
         Raises:
             InputError: names the flag.
         """
-        if self.plan.seeds < 2:
-            raise InputError(f"seeds must be at least 2, got {self.seeds}")
+        _ = self.plan  # checks itself
         if not self.reg > 0:
             raise InputError(f"reg must be above 0, got {self.reg}")
+        if self.warm_start < 0:
+            raise InputError(f"warm_start must be at least 0, got {self.warm_start}")
         for name in ("max_turns", "heldout"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
