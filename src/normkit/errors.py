@@ -38,3 +38,14 @@ def meant(name: str, known: Iterable[str]) -> str:
     plain = {other.lower().replace("_", "-"): other for other in known}
     close = get_close_matches(name.lower().replace("_", "-"), plain, n=1)
     return f" (did you mean {plain[close[0]]}?)" if close else ""
+
+
+def check_least(options: object, least: float, *names: str) -> None:
+    """Check that attributes are at least so large.
+
+    Raises:
+        InputError: names the first that is not.
+    """
+    for name in names:
+        if not getattr(options, name) >= least:
+            raise InputError(f"{name} must be at least {least}, got {getattr(options, name)}")

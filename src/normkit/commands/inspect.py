@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from normkit.errors import InputError
+from normkit.errors import check_least
 from normkit.surgery.pretrained import dtype_of, load_pretrained
 from normkit.surgery.samples import sample_inputs
 from normkit.surgery.survey import NormRow, Survey, survey
@@ -41,9 +41,7 @@ class InspectOptions:
 def main(arguments: Sequence[str]) -> None:
     """Run ``normkit inspect``."""
     options = tyro.cli(InspectOptions, args=arguments, prog="normkit inspect")
-    for name in ("batch", "length", "repeats"):
-        if getattr(options, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(options, name)}")
+    check_least(options, 1, "batch", "length", "repeats")
     console = Console(stderr=True)
     with console.status(f"loading {options.model}"):
         model, _ = load_pretrained(options.model)

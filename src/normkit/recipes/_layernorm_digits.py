@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normkit.errors import InputError, MissingDependencyError
+from normkit.errors import InputError, MissingDependencyError, check_least
 from normkit.nn import LNLSTM
+from normkit.recipes._trials import check_rates
 from normkit.recipes.base import Claim, Finding, verdict_of
 from normkit.statistics import Interval, bootstrap_interval
 
@@ -57,13 +58,10 @@ class Config:
         Raises:
             InputError: names the flag.
         """
-        for name, least in (("seeds", 1), ("hidden", 1), ("batch", 1), ("chain", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.steps < EVERY:
-            raise InputError(f"steps must be at least {EVERY}, got {self.steps}")
-        if not self.rates or min(self.rates) <= 0:
-            raise InputError(f"rates must be one or more positive numbers, got {self.rates}")
+        check_least(self, 1, "seeds", "hidden", "batch")
+        check_least(self, 2, "chain")
+        check_least(self, EVERY, "steps")
+        check_rates("rates", self.rates)
         if not self.loss > 0:
             raise InputError(f"loss must be positive, got {self.loss}")
 

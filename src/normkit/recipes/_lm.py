@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normkit.data.text import VOCABULARY, corpus, windows
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.nn import LayerNorm, PowerNorm, UnifiedNorm
 from normkit.nn.residual import Placement, Transformer
+from normkit.recipes._trials import check_rates
 
 NORMS = ("layer", "batch", "power", "unified")
 COLORS = dict(zip(NORMS, ("tab:grey", "tab:red", "tab:green", "tab:blue"), strict=True))
@@ -72,13 +73,10 @@ class Training:
         Raises:
             InputError: names the flag.
         """
-        for name in ("steps", "seeds", "layers", "batch", "length", "every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, 1, "steps", "seeds", "layers", "batch", "length", "every")
         if self.steps < self.every:
             raise InputError(f"steps must be at least every = {self.every}, got {self.steps}")
-        if not self.rates or min(self.rates) <= 0:
-            raise InputError(f"rates must be positive, got {self.rates}")
+        check_rates("rates", self.rates)
 
     def trainings(self, norms: Sequence[str]) -> list[tuple[str, float, int]]:
         """Norm, rate and seed of every training."""

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from normkit.data.text import VOCABULARY, corpus, windows
 from normkit.diagnostics import Monitor, gradient_norms, spikes
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.nn.residual import PLACEMENTS, Placement
 from normkit.recipes._lm import LanguageModel, Training
+from normkit.recipes._trials import check_rates
 from normkit.recipes.base import Finding, verdict_of
 from normkit.statistics import Interval, bootstrap_interval
 
@@ -66,15 +67,12 @@ class Config:
         Raises:
             InputError: names the flag.
         """
-        for name in ("seeds", "steps", "layers", "dim", "heads", "batch", "length", "every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, 1, "seeds", "steps", "layers", "dim", "heads", "batch", "length", "every")
         if self.dim % self.heads:
             raise InputError(f"heads must divide dim {self.dim}, got {self.heads}")
         if not self.placements or len(set(self.placements)) < len(self.placements):
             raise InputError(f"placements must be one or more, each once, got {self.placements}")
-        if not self.rates or min(self.rates) <= 0:
-            raise InputError(f"rates must be one or more positive numbers, got {self.rates}")
+        check_rates("rates", self.rates)
 
     def trainings(self) -> list[tuple[Placement, float, int]]:
         """Placement, rate and seed of every training."""

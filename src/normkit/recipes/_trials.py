@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from rich.progress import Progress
 from torch import Tensor
 
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.recipes.base import Run
 
 TUNING = 100
@@ -55,8 +55,7 @@ class ComparisonPlan:
 
     def __post_init__(self) -> None:
         for name, least in self.LEAST.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            check_least(self, least, name)
         check_rates("rates", self.rates)
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.recipes._mars_claims import CLAIMS
 from normkit.recipes._mars_gradient import ARMS, Arm, Quality, Setting, study
 from normkit.recipes._mars_measured import (
@@ -133,18 +133,14 @@ class Config:
         Raises:
             InputError: names the flag.
         """
-        if self.batch_games < 2:
-            raise InputError(f"batch_games must be at least 2, got {self.batch_games}")
+        check_least(self, 2, "batch_games")
         _ = self.plan  # checks the rest of the tabular world
         if not self.games:
             raise InputError("games must name at least one game")
         if len({*self.games, *self.heldout}) < len(self.games) + len(self.heldout):
             raise InputError("games and heldout must name no game twice")
-        for name in ("steps", "group_size", "max_new_tokens", "evaluation_games"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.warm_up < 0:
-            raise InputError(f"warm_up must be at least 0, got {self.warm_up}")
+        check_least(self, 1, "steps", "group_size", "max_new_tokens", "evaluation_games")
+        check_least(self, 0, "warm_up")
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.functional.matching import Method
 from normkit.recipes._matchtir_claims import CLAIMS
 from normkit.recipes._matchtir_measured import (
@@ -110,9 +110,7 @@ class Config:
             raise InputError(f"reg must be above 0, got {self.reg}")
         if self.warm_start < 0:
             raise InputError(f"warm_start must be at least 0, got {self.warm_start}")
-        for name in ("max_turns", "heldout"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, 1, "max_turns", "heldout")
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.nn import CRMSNorm, RMSNorm
 from normkit.recipes import _pre_rmsnorm_latency as timing
 from normkit.recipes import _pre_rmsnorm_models as models
@@ -80,9 +80,7 @@ class Config:
         Raises:
             InputError: names the flag.
         """
-        for name in ("layers", "heads", "vocab", "tokens", "patch", "images", "repeats"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, 1, "layers", "heads", "vocab", "tokens", "patch", "images", "repeats")
         if self.width < 2 or self.width % self.heads:
             raise InputError(f"width must be a multiple of heads {self.heads}, got {self.width}")
         if self.image % self.patch:

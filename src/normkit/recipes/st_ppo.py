@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.recipes._st_ppo_arms import ARMS
 from normkit.recipes._st_ppo_claims import CLAIMS
 from normkit.recipes._st_ppo_comparison import CHAIN, SEARCH, Plan, Trial, chain, search
@@ -128,11 +128,8 @@ class Config:
         """
         if self.world == "tabular" and len(self.plan.staleness) > 1:
             raise InputError(f"staleness must be one number in the chain, got {self.staleness}")
-        for name in ("max_turns", "heldout"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.warm_start < 0:
-            raise InputError(f"warm_start must be at least 0, got {self.warm_start}")
+        check_least(self, 1, "max_turns", "heldout")
+        check_least(self, 0, "warm_start")
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.rl.answers import exact_match, token_f1
 from normkit.rl.environment import Reply, Split, Step, check_paired
 from normkit.rl.environments.search_index import Passage, Searcher
@@ -60,9 +60,7 @@ class SearchWorldConfig:
     bonus: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("max_turns", "hits", "max_passage", "max_action"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, 1, "max_turns", "hits", "max_passage", "max_action")
         if self.reward not in ("em", "f1"):
             raise InputError(f"reward must be em or f1, got {self.reward!r}")
         if not 0 <= self.bonus < float("inf"):

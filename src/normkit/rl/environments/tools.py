@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.rl.chat import without_reasoning
 from normkit.rl.environment import Reply, Split, Step, check_paired
 from normkit.rl.environments.tool_tasks import Task, make_tasks
@@ -56,9 +56,7 @@ class ToolWorldConfig:
     matching: MatchOptions = field(default_factory=MatchOptions)
 
     def __post_init__(self) -> None:
-        for name in ("max_turns", "max_calls"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, 1, "max_turns", "max_calls")
         if self.reward not in ("matched", "outcome"):
             raise InputError(f"reward must be matched or outcome, got {self.reward!r}")
 
