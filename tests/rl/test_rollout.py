@@ -412,6 +412,40 @@ def test_another_config_replies_from_the_same_copy(model):
             rollout.with_config(replace(sampled, **{name: value}))
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, "must answer with a Step, got NoneType"),
+        (Step(None, "on"), "reward must be a number, got None"),
+        (Step(torch.tensor(1.0), "on"), "reward must be a number, got tensor"),
+        (Step(1.0, 3), "message must be text or None, got 3"),
+        (Step(1.0, "on"), "must end .* after max_turns = 2 turns"),
+    ],
+)
+def test_a_world_that_breaks_its_contract_is_named(model, answer, words):
+    class Broken(ScriptedWorld):
+        def step(self, sessions, replies):
+            return [answer for _ in sessions]
+
+    with pytest.raises(InputError, match=words):
+        play(model, count=2, world=Broken(max_turns=2))
+
+
+def test_a_world_answers_every_reply_and_has_a_score(model):
+    class Silent(ScriptedWorld):
+        def step(self, sessions, replies):
+            return super().step(sessions, replies)[1:]
+
+    class Scoreless(ScriptedWorld):
+        def score(self, session):
+            return {"points": 1.0}
+
+    with pytest.raises(InputError, match="each of 2 replies, got 1 answers"):
+        play(model, count=2, world=Silent())
+    with pytest.raises(InputError, match=r"key .score."):
+        play(model, count=2, world=Scoreless())
+
+
 def test_no_tasks_no_dialogues(model):
     assert Rollout(model, TOKENIZER, RolloutConfig()).run(ScriptedWorld(2), []) == []
 

@@ -10,6 +10,7 @@ session waits while the other seats move.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -140,6 +141,33 @@ def check_paired(sessions: Sequence[object], replies: Sequence[Reply]) -> None:
     """
     if len(sessions) != len(replies) or len(set(map(id, sessions))) != len(sessions):
         raise InputError("replies must be one for each session, and no session given twice")
+
+
+def check_step(step: object, turns: int, max_turns: int) -> None:
+    """Check a world's answer to the last of so many turns.
+
+    Args:
+        step: what the world answered.
+        turns: turns that the dialogue has.
+        max_turns: turns that it may have.
+
+    Raises:
+        InputError: where it is no :class:`Step`, its reward is no number, its message is no text,
+            or the dialogue goes on although it must not.
+    """
+    if not isinstance(step, Step):
+        raise InputError(f"environment: step must answer with a Step, got {type(step).__name__}")
+    reward: Any = step.reward
+    message: Any = step.message
+    if not isinstance(reward, numbers.Real):
+        raise InputError(f"environment: reward must be a number, got {reward!r}")
+    if not isinstance(message, str | None):
+        raise InputError(f"environment: message must be text or None, got {message!r}")
+    if message is not None and turns >= max_turns:
+        raise InputError(
+            f"environment: a dialogue must end (message None) after max_turns = {max_turns} "
+            "turns, and went on"
+        )
 
 
 def evaluation_tasks(

@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from normkit.errors import InputError, NormkitError
 from normkit.rl.chat_format import ChatFormat
 from normkit.rl.dialogue import Dialogue, Segment, Turn, settle
-from normkit.rl.environment import Environment, Reply, S, SeatedEnvironment, Step
+from normkit.rl.environment import (
+    Environment,
+    Reply,
+    S,
+    SeatedEnvironment,
+    Step,
+    check_step,
+)
 from normkit.rl.inference import Decoder, InferenceCopy, make_decoder, unwrap
 from normkit.rl.models import DtypeName, resolve_dtype
 from normkit.rl.sampling import sample
@@ -119,8 +126,9 @@ class _Live:
     def row(self) -> list[int]:
         return self.dialogue.segments[-1].token_ids
 
-    def hear(self, step: Step) -> None:
+    def hear(self, step: Step, max_turns: int) -> None:
         """Take in the world's answer to the last turn, or what opens the dialogue."""
+        check_step(step, len(self.dialogue.turns), max_turns)
         self.waiting = False
         if self.dialogue.turns:
             turn = self.dialogue.turns[-1]
@@ -274,8 +282,13 @@ class Rollout:
                 live.waiting = True
         elif speaking:
             steps = environment.step([live.session for live in speaking], replies)
+            if len(steps) != len(speaking):
+                raise InputError(
+                    f"environment: step must answer each of {len(speaking)} replies, "
+                    f"got {len(steps)} answers"
+                )
             for live, step in zip(speaking, steps, strict=True):
-                live.hear(step)
+                live.hear(step, environment.max_turns)
         return self._settle(environment, running)
 
     def _settle(self, environment: Environment[S], lives: list[_Live]) -> list[_Live]:
@@ -285,10 +298,12 @@ class Rollout:
             steps = environment.poll([live.session for live in waiting])
             for live, step in zip(waiting, steps, strict=True):
                 if step is not None:
-                    live.hear(step)
+                    live.hear(step, environment.max_turns)
         finished = [live for live in lives if not live.waiting and live.dialogue.end_reason]
         for live in finished:
             live.dialogue.scores = environment.score(live.session)
+            if "score" not in live.dialogue.scores:
+                raise InputError('environment: score must have the key "score", got none')
             settle(live.dialogue)
         self._release(finished)
         over = {live.slot for live in finished}
