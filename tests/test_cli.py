@@ -59,6 +59,16 @@ def test_list_shows_all_systems(capsys):
         (["run", "mapo", "--resume", "--folder", "other"], "other holds no run of this mapo"),
         (["advantages", "no-such-file.json"], "cannot be read"),
         (["run", "mapo", "--resume", "--runs", "no-runs"], "no run of 'mapo'"),
+        (["run", "mapo", "--steps", "0", "--dry-run"], "steps must be at least 1"),
+        (["run", "mapo", "--temperature", "0", "--dry-run"], "temperature must be above 0"),
+        (["run", "mapo", "--alpha", "nan", "--dry-run"], "alpha must be in 0..1"),
+        (["run", "mapo", "--max-turns", "0", "--dry-run"], "max_turns must be at least 1"),
+        (["run", "mapo", "--seed", "-1", "--dry-run"], "seed must be at least 0"),
+        (["run", "mapo", "--save-hf", "binary", "--dry-run"], "binary exists already"),
+        (["convert", "none", "--to", "folded", "--out", "file/x"], "file is not a folder"),
+        (["convert", "none", "--to", "folded", "--out", "x", "--onnx", "odd"], "name a file"),
+        (["evaluate", "none", "--world", "tools", "--out", "odd"], "odd is a folder"),
+        (["advantages", "odd", "--plot", "file/x"], "file is not a folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_two(

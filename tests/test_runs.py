@@ -8,7 +8,7 @@ import math
 import pytest
 
 from normkit.errors import InputError
-from normkit.files import atomic_path, write_json, write_text
+from normkit.files import atomic_path, check_file, check_new, write_json, write_text
 from normkit.report.page import write_report
 from normkit.runs import RunLogger, latest_run_folder, new_run_folder, read_json, read_table
 from normkit.statistics import bootstrap_interval
@@ -27,6 +27,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         fail()
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_places_that_cannot_be_written_are_found_out_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert check_file(tmp_path / "new" / "file") == tmp_path / "new" / "file"
+    assert check_new(str(tmp_path / "new")) == tmp_path / "new"
+    for check in (check_file, check_new):
+        with pytest.raises(InputError, match=r"cannot be written: .*file is not a folder"):
+            check(tmp_path / "file" / "new" / "file")
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        check_file(tmp_path)
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(InputError, match="exists already"):
+            check_new(taken)
 
 
 def test_nan_is_null_in_json(tmp_path):

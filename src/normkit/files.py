@@ -14,6 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from normkit.errors import InputError
+
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Strings in JSON hold no line breaks, so that this finds no part of one.
 _NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\n *\]')
@@ -83,11 +85,56 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_file(path: str | Path) -> Path:
+    """Return ``path`` as the path of a file that can be written, before the work that fills it.
+
+    Raises:
+        InputError: if it is a folder, or cannot be written.
+    """
+    path = _writable(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    return path
+
+
+def _writable(path: str | Path) -> Path:
+    path = Path(path)
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{path} cannot be written: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written: {above} is not yours to write to")
+    return path
+
+
+def check_new(folder: str | Path) -> Path:
+    """Return ``folder`` as a path to a folder that can be written anew.
+
+    Raises:
+        InputError: if it exists and is not empty, or cannot be written.
+    """
+    folder = _writable(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; name a folder that does not")
+    return folder
+
+
 def standing_folder(path: str | Path) -> Path:
     """Return ``path``, or the earlier folder that an interrupted :func:`replaced_folder` left."""
     path = Path(path)
     old = path.with_name(path.name + ".old")
     return old if not path.exists() and old.exists() else path
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise as OSError what safetensors, for a full disk too, has an error of its own for."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (found := _OS_ERROR.search(str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _umask() -> int:
@@ -121,14 +168,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
-@contextmanager
-def _os_errors() -> Iterator[None]:
-    """Raise as OSError what safetensors, for a full disk too, has an error of its own for."""
-    try:
-        yield
-    except SafetensorError as error:
-        if (found := _OS_ERROR.search(str(error))) is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-
-

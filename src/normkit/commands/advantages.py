@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from normkit.errors import InputError
-from normkit.files import finite
+from normkit.files import check_file, finite
 from normkit.report.plots import figure
 from normkit.rl.advantage import diagnose, estimate, get_estimator
 from normkit.rl.environments.empa_results import ResultFile, parse_result, read_results
@@ -38,7 +38,7 @@ _LABELLED = 60
 
 @dataclass(frozen=True)
 class CreditOptions:
-    """Options of ``normkit advantages``.
+    """Options of ``normkit advantages``: what each turn of judged dialogues is credited with.
 
     Attributes:
         files: result files, files of dialogues, or folders that hold them.
@@ -100,6 +100,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``normkit advantages``."""
     options = tyro.cli(CreditOptions, args=arguments, prog="normkit advantages")
     estimators = options.estimators()
+    if options.plot is not None:
+        check_file(options.plot)
     dialogues = [dialogue for path in options.files for dialogue in read_judged(path)]
     if not any(dialogue.rewards for dialogue in dialogues):
         raise InputError("files must hold judged dialogues, got none with a turn")

@@ -15,9 +15,10 @@ import tyro
 from rich.console import Console
 
 from normkit.errors import InputError
+from normkit.files import check_file, check_new
 from normkit.surgery.export import export_onnx
 from normkit.surgery.fold import fold
-from normkit.surgery.load import check_new, save
+from normkit.surgery.load import save
 from normkit.surgery.pretrained import dtype_of, load_pretrained
 from normkit.surgery.reads import largest_difference, run
 from normkit.surgery.recenter import recenter
@@ -30,7 +31,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Options of ``normkit convert``.
+    """Options of ``normkit convert``: convert a model's norms exactly, and write it.
 
     Attributes:
         model: "smollm2", a folder that transformers or normkit wrote, or a name on the hub.
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``normkit convert``."""
     options = tyro.cli(ConvertOptions, args=arguments, prog="normkit convert")
     check_new(options.out)
+    if options.onnx is not None:
+        check_file(options.onnx)
     if options.untie and options.to == "folded":
         raise InputError("untie: folding leaves the embedding table as it is")
     if options.repeats < 1:

@@ -21,7 +21,7 @@ from normkit.surgery.survey import NormRow, Survey, survey
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Options of ``normkit inspect``.
+    """Options of ``normkit inspect``: the norms of a model, and which conversions apply.
 
     Attributes:
         model: "smollm2", a folder that transformers or normkit wrote, or a name on the hub.

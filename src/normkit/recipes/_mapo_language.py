@@ -9,9 +9,7 @@ from typing import Any
 from normkit.recipes._language import Played, Study, conduct, open_run, progress
 from normkit.recipes.mapo import Config, make_environment
 from normkit.rl.environment import HELDOUT_SEED
-from normkit.rl.loss import PolicyLossConfig
-from normkit.rl.rollout import RolloutConfig
-from normkit.rl.trainer import Trainer, TrainerConfig
+from normkit.rl.trainer import Trainer
 
 SCORE = "EPM-Q"
 
@@ -28,28 +26,9 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         model,
         tokenizer,
         world,
-        TrainerConfig(
-            steps=config.steps,
-            groups=config.groups,
-            group_size=config.group_size,
-            estimator=config.estimator,
-            estimator_options=config.estimator_options,
-            learning_rate=config.learning_rate,
-            lora_rank=config.lora_rank,
-            mini_batches=config.mini_batches,
-            micro_batch_tokens=config.micro_batch_tokens,
-            autocast=config.dtype,
-            recompute=config.recompute,
-            evaluate_every=config.evaluate_every,
-            checkpoint_every=config.checkpoint_every,
-            seed=config.seed,
-        ),
-        RolloutConfig(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            dtype=config.dtype,
-        ),
-        PolicyLossConfig(kl_weight=config.kl),
+        config.training,
+        config.speech,
+        config.loss,
         logger,
         progress(console, SCORE),
     )

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normkit.errors import InputError
+from normkit.files import check_new
 from normkit.recipes._mapo_claims import CLAIMS
 from normkit.recipes._mapo_heldout import MEASURED_LANGUAGE
 from normkit.recipes._mapo_measured import MEASURED
@@ -35,6 +36,9 @@ from normkit.rl.environments.empa_cases import load_empa
 from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
 from normkit.rl.environments.epm import EPMConfig, RewardKind
 from normkit.rl.environments.scenario import Scenario, builtin_scenarios, load_scenarios
+from normkit.rl.loss import PolicyLossConfig
+from normkit.rl.rollout import RolloutConfig
+from normkit.rl.trainer_config import TrainerConfig
 
 _MAPO_FAMILY = ("mapo", "turn", "batch", "batch-returns", "turn-baseline")
 """Estimators that share MAPO's options; others keep the defaults of their own papers."""
@@ -124,6 +128,51 @@ class Config:
             raise InputError("scenarios and empa must not both be given")
         if self.empa is not None and self.judge == "embedding":
             raise InputError("empa needs --judge llm or openai: its cases are Chinese, unscripted")
+        for name in ("alpha", "gamma"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        if not self.judge_timeout > 0:
+            raise InputError(f"judge_timeout must be above 0, got {self.judge_timeout}")
+        if self.save_hf is not None:
+            check_new(self.save_hf)
+        _ = self.epm, self.training, self.speech, self.loss  # check themselves
+
+    @property
+    def epm(self) -> EPMConfig:
+        """Constants of the world's model of a person."""
+        return EPMConfig(max_turns=self.max_turns, min_turns=self.min_turns)
+
+    @property
+    def training(self) -> TrainerConfig:
+        """Options of the trainer."""
+        return TrainerConfig(
+            steps=self.steps,
+            groups=self.groups,
+            group_size=self.group_size,
+            estimator=self.estimator,
+            estimator_options=self.estimator_options,
+            learning_rate=self.learning_rate,
+            lora_rank=self.lora_rank,
+            mini_batches=self.mini_batches,
+            micro_batch_tokens=self.micro_batch_tokens,
+            autocast=self.dtype,
+            recompute=self.recompute,
+            evaluate_every=self.evaluate_every,
+            checkpoint_every=self.checkpoint_every,
+            seed=self.seed,
+        )
+
+    @property
+    def speech(self) -> RolloutConfig:
+        """How replies are generated."""
+        return RolloutConfig(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, dtype=self.dtype
+        )
+
+    @property
+    def loss(self) -> PolicyLossConfig:
+        """Options of the loss."""
+        return PolicyLossConfig(kl_weight=self.kl)
 
     @property
     def estimator(self) -> str:
@@ -155,9 +204,7 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
 def make_environment(config: Config, folder: Path) -> EmpathyEnvironment:
     """Build the world of a configuration: scenarios, judge and simulated user."""
     train, heldout = _scenarios(config)
-    world = EmpathyConfig(
-        epm=EPMConfig(max_turns=config.max_turns, min_turns=config.min_turns), reward=config.reward
-    )
+    world = EmpathyConfig(epm=config.epm, reward=config.reward)
     if config.judge == "embedding":
         from normkit.rl.judges.embedding import EmbeddingJudge
 

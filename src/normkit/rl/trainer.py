@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from normkit.errors import InputError
-from normkit.files import replaced_folder
+from normkit.files import check_new, replaced_folder
 from normkit.rl.checkpoint import load_checkpoint, save_checkpoint
 from normkit.rl.dialogue import Dialogue, finite_mean
 from normkit.rl.engine import Engine
@@ -260,13 +260,20 @@ class Trainer:
             save_checkpoint(folder, self.model, optimizer, state, critic)
 
     def save_hf(self, folder: str | Path) -> None:
-        """Export the model, adapters merged, as a folder that plain transformers loads."""
+        """Export the model, adapters merged, as a folder that plain transformers loads.
+
+        Args:
+            folder: to write; it must not exist, or be empty.
+
+        Raises:
+            InputError: where it is not.
+        """
         if self.engine.rank != 0:
             return
         model = self.model
         if hasattr(model, "merge_and_unload"):
             model = deepcopy(model).merge_and_unload()
-        with replaced_folder(folder) as new:
+        with replaced_folder(check_new(folder)) as new:
             model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
 

@@ -73,7 +73,7 @@ class TrainerConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("checkpoint_every", "evaluate_every", "warmup_steps", "lora_rank"):
+        for name in ("checkpoint_every", "evaluate_every", "warmup_steps", "lora_rank", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("learning_rate", "weight_decay"):

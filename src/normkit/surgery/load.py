@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import InputError, MissingDependencyError
-from normkit.files import write_json
+from normkit.files import check_new, write_json
 from normkit.surgery.layers import KINDS
 from normkit.surgery.ledger import edits_of, replay
 from normkit.surgery.linear import refresh_sizes
@@ -144,18 +144,6 @@ def build_empty(folder: Path, name: str, dtype: torch.dtype) -> Any:
     if not hasattr(kind, "_from_config"):
         raise InputError(f"{folder}: transformers has no model class {name!r}")
     return kind._from_config(kind.config_class.from_pretrained(folder), dtype=dtype)
-
-
-def check_new(folder: str | Path) -> Path:
-    """Return ``folder`` as a path.
-
-    Raises:
-        InputError: if it exists and is not empty.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; name a folder that does not")
-    return folder
 
 
 @contextmanager
