@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from normkit.errors import InputError
 from normkit.rl.advantage import ESTIMATORS, estimate, to_tokens
 from normkit.rl.dialogue import pack, turn_table
-from normkit.rl.rollout import RolloutConfig
-from tests.rl.talk import LateWorld, ScriptedWorld, check_dialogue
+from normkit.rl.rollout import Rollout, RolloutConfig
+from tests.rl.talk import LateWorld, ScriptedWorld, check_dialogue, tasks
 from tests.rl.test_rollout import Relay
 from tests.rl.test_trainer import PlainJudge, make
 from tests.rl.tiny import tiny_model, tiny_tokenizer
@@ -201,6 +204,78 @@ def test_the_wrong_number_of_turn_rewards_is_refused(tmp_path):
         batch_of(trainer)
 
 
+def ragged(count=6):
+    """Dialogues of one to three turns with rewards that differ, one of them unknown."""
+    world = ScriptedWorld(turns=lambda seed: 1 + seed % 3)
+    rollout = Rollout(
+        tiny_model(tokenizer := tiny_tokenizer()),
+        tokenizer,
+        RolloutConfig(max_new_tokens=6, dtype="float32"),
+    )
+    dialogues = rollout.run(world, tasks(count))
+    for i, dialogue in enumerate(dialogues):
+        for k, turn in enumerate(dialogue.turns):
+            turn.reward = float((7 * i + 3 * k) % 5)
+    dialogues[2].turns[1].reward = math.nan
+    return dialogues
+
+
+def plain_trainer(folder, dialogues, **changes):
+    world = ScriptedWorld()
+    world.tasks = lambda split: ["a", "b", "c"]
+    trainer = theirs(folder, world=world, **changes)
+    trainer.rollout_func = Scored(dialogues)
+    return trainer
+
+
+ACROSS = ("mapo", "reinforce++")
+WORKER = """
+import os, sys
+from safetensors.torch import save_file
+from tests.integrations.test_trl import ACROSS, batch_of, plain_trainer, ragged
+rank = int(os.environ["RANK"])
+mine = ragged()[3 * rank : 3 * rank + 3]
+for name in ACROSS:
+    trainer = plain_trainer(
+        sys.argv[1], mine, per_device_train_batch_size=3, num_generations=2, estimator=name
+    )
+    output = batch_of(trainer)
+    fields = ("advantages", "completion_mask", "tool_mask")
+    save_file({n: output[n].contiguous() for n in fields}, f"{sys.argv[1]}/{name}-{rank}")
+trainer.accelerator.wait_for_everyone()
+os._exit(0)  # all is saved; threads of gloo may abort the interpreter's own way out
+"""
+
+
+@pytest.mark.slow
+def test_a_group_may_straddle_two_processes(tmp_path):
+    """Three groups of two dialogues over two processes: the second is in both."""
+    root = Path(__file__).parents[2]
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    command = [sys.executable, *launch, str(tmp_path)]
+    subprocess.run(command, env=environment, cwd=root, check=True, timeout=300)
+    table = turn_table(dialogues := ragged())
+    rows = (table.reward, table.dialogue, table.turn)
+    lengths = torch.tensor([len(turn.token_ids) for d in dialogues for turn in d.turns])
+    for name in ACROSS:
+        expected = estimate(name, *rows, table.dialogue // 2)
+        parted = table.dialogue // 2 + 3 * (table.dialogue // 3)
+        assert name != "mapo" or not torch.allclose(estimate(name, *rows, parted), expected)
+        found = []
+        for rank in range(2):
+            output = load_file(tmp_path / f"{name}-{rank}")
+            mask = (output["completion_mask"] * output["tool_mask"]).bool()
+            found.append(output["advantages"][mask])
+            assert not bool(output["advantages"][~mask].any())
+        torch.testing.assert_close(
+            torch.cat(found).double(), expected.repeat_interleave(lengths), atol=1e-6, rtol=1e-6
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_smollm2_trains_in_the_emotional_support_world(tmp_path):
@@ -250,12 +325,12 @@ def test_rollouts_are_what_the_model_says(tmp_path, through_trl):
     world = ScriptedWorld(max_turns=4, turns=lambda seed: 1 + seed % 4)
     world.tasks = lambda split: ["a", "b"]
     trainer = theirs(tmp_path, world=world)
-    tasks = [("a", 0, 4), ("a", 0, 5), ("b", 1, 6), ("b", 1, 7)]
+    asked = [("a", 0, 4), ("a", 0, 5), ("b", 1, 6), ("b", 1, 7)]
     if through_trl:
-        dialogues = integration._play_rounds(world, tasks, trainer)
+        dialogues = integration._play_rounds(world, asked, trainer)
     else:
         config = RolloutConfig(max_new_tokens=12, dtype="float32")
-        dialogues = integration.WorldRollout(world, config)._play(tasks, trainer)
+        dialogues = integration.WorldRollout(world, config)._play(asked, trainer)
     assert [len(d.turns) for d in dialogues] == [1, 2, 3, 4]
     for dialogue in dialogues:
         assert dialogue.scores == {"score": float(len(dialogue.turns))}
@@ -295,7 +370,7 @@ def test_generation_keeps_its_cache_whatever_wraps_the_model(tmp_path, caplog):
 
 def test_rounds_end_where_there_is_no_room(tmp_path):
     world = ScriptedWorld(max_turns=200, say=lambda *_: "word " * 20)
-    world.tasks = lambda split: ["a"]
+    world.tasks = lambda split: ["a", "b"]
     trainer = theirs(tmp_path, world=world)
     (dialogue,) = integration._play_rounds(world, [("a", 0, 0)], trainer)
     assert dialogue.end_reason == "context"
@@ -330,7 +405,7 @@ def test_seats_of_a_game_are_credited_as_by_our_trainer(tmp_path):
 
 
 def test_seats_that_do_not_fill_a_group_are_refused(tmp_path):
-    trainer = theirs(tmp_path, world=Relay(seats=2))
+    trainer = theirs(tmp_path, world=Relay(seats=2), num_generations=6)
     with pytest.raises(InputError, match="multiple of the 2 seats"):
         trainer.rollout_func(["relay"] * 3, trainer)
     trainer.rollout_func.through_trl = True
@@ -353,6 +428,13 @@ def test_generation_of_the_wrong_temperature_is_refused(tmp_path):
     trainer.rollout_func.through_trl = True
     with pytest.raises(InputError, match="must be None where TRL generates"):
         trainer.rollout_func(["career-0"], trainer)
+
+
+def test_fewer_tasks_than_a_step_takes_are_refused(tmp_path):
+    world = ScriptedWorld()
+    world.tasks = lambda split: ["a"]
+    with pytest.raises(InputError, match="one step takes 2 tasks, and environment has 1"):
+        theirs(tmp_path, world=world)
 
 
 def test_a_world_excludes_what_it_supplies(tmp_path):

@@ -70,8 +70,8 @@ class TurnAdvantageTrainer(GRPOTrainer):  # type: ignore[misc]
         kwargs: whatever else GRPOTrainer takes.
 
     Raises:
-        InputError: for an unknown estimator, one that needs a critic, or a world together with what
-            it supplies.
+        InputError: for an unknown estimator, one that needs a critic, a world together with what it
+            supplies, or one with fewer tasks than a step takes.
     """
 
     def __init__(
@@ -103,6 +103,10 @@ class TurnAdvantageTrainer(GRPOTrainer):  # type: ignore[misc]
         self.estimator_options = dict(estimator_options or {})
         self._outcome = torch.zeros(0)
         super().__init__(model, args=args, **kwargs)
+        needed = self.args.generation_batch_size // self.num_generations
+        if environment is not None and (count := len(self.train_dataset)) < needed:
+            # TRL would end at once, without a step.
+            raise InputError(f"args: one step takes {needed} tasks, and environment has {count}")
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
