@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from normkit.errors import InputError
-from normkit.files import finite, write_json
+from normkit.files import check_file, finite, write_json
 from normkit.rl.environment import HELDOUT_SEED, Environment, Split, evaluation_tasks
 from normkit.rl.evaluation.dialogues import score_dialogues
 from normkit.rl.evaluation.emobench import Item, ask_emobench, read_emobench, weigh_emobench
@@ -39,7 +39,7 @@ Benchmark: TypeAlias = Callable[[Player, Report], Outcome]
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Options of ``normkit evaluate``.
+    """Options of ``normkit evaluate``: score chat models on benchmarks and in worlds.
 
     Attributes:
         models: "smollm2", names or folders of chat models of transformers, runs of normkit; with
@@ -145,6 +145,8 @@ def _check(options: EvaluateOptions) -> None:
         raise InputError("likelihood needs models on this machine; leave out --url or --likelihood")
     if options.likelihood and options.emobench is None:
         raise InputError("likelihood is a way to score EmoBench; give its folder with --emobench")
+    if options.out is not None:
+        check_file(options.out)
 
 
 def _player(name: str, options: EvaluateOptions) -> Player:
