@@ -166,6 +166,20 @@ def test_an_update_that_is_skipped_makes_nothing_staler():
     assert [u["staleness"] for u in updates] == [0, 1, 1]
 
 
+@pytest.mark.parametrize("silent", [1, 5, 6])
+def test_dialogues_without_a_turn_take_no_part(silent):
+    """Seats whose game was over before their turn came."""
+    trainer = make(estimator="ppo", critic=CriticConfig("token"), mini_batches=4)
+    dialogues = sampled(trainer)
+    for dialogue in dialogues[:silent]:
+        dialogue.turns, dialogue.segments = [], []
+    before = weights(trainer)
+    updates = trainer.update(dialogues)["updates"]
+    assert len(updates) == 4
+    assert all(update["grad_norm"] > 0 for update in updates[: 6 - silent])
+    assert torch.equal(weights(trainer), before) == (silent == 6)
+
+
 def test_the_cap_on_sampling_weights_scales_advantages():
     losses = {}
     for cap in (0.0, 0.25):

@@ -141,10 +141,11 @@ class PolicyUpdate:
         updates: list[dict[str, float]] = []
         staleness = 0.0
         for epoch in range(self.config.epochs):
-            order = np.random.default_rng([self.config.seed, step, epoch]).permutation(
-                len(dialogues)
-            )
-            for part in np.array_split(order, self.config.mini_batches):
+            luck = np.random.default_rng([self.config.seed, step, epoch])
+            order = luck.permutation(len(dialogues))
+            # A seat whose game was over before its turn came has said nothing.
+            spoken = order[np.isin(order, batch.owner)]
+            for part in np.array_split(spoken, self.config.mini_batches):
                 members = set(part.tolist())
                 chosen = [i for i in batch.tokens.rows if batch.owner[i] in members]
                 numbers = self._optimize(batch, chosen, self.share(step, len(updates)))
@@ -258,7 +259,7 @@ class PolicyUpdate:
         pieces = self._micro_batches(batch.rows, chosen, whole)
         totals: dict[str, float] = {}
         # Every process must take part in the same number of passes: the wrapper waits for all.
-        passes = int(self.engine.reduce(torch.tensor(float(len(pieces))), "max"))
+        passes = int(self.engine.reduce(torch.tensor(float(max(len(pieces), 1))), "max"))
         for number in range(passes):
             if number < len(pieces):
                 data = self._collate(batch.rows, pieces[number])
