@@ -147,6 +147,29 @@ def test_a_conversation_without_an_assistant():
     assert tool_trace([{"role": "user", "content": "hi"}], [A]).turns == []
 
 
+@pytest.mark.parametrize(
+    ("content", "reward"),
+    [
+        ([{"type": "text", "text": "<answer>"}, {"type": "text", "text": "7</answer>"}], 1),
+        ("<think><answer>7</answer></think>no", 0),
+        ("<think>8?</think><answer>7</answer>", 1),
+        ('<think><tool_call>{"name": "a", "arguments": {"x": 1}}</tool_call></think>', 0),
+        (7, 0),
+    ],
+)
+def test_content_comes_in_parts_and_thoughts_do_not_count(content, reward):
+    assert tool_trace([{"role": "assistant", "content": content}], [A], "7").turns == [reward]
+
+
+@pytest.mark.parametrize(
+    ("messages", "gold", "name"),
+    [([3], [], "messages"), (None, [], "messages"), ([], [{"name": "a"}], "gold")],
+)
+def test_a_wrong_conversation_is_named(messages, gold, name):
+    with pytest.raises(InputError, match=f"{name} must"):
+        tool_trace(messages, gold)
+
+
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_answers_are_scored_as_sets_of_words(a, b):
     assert 0 <= answer_f1(a, b) <= 1
@@ -191,7 +214,12 @@ def test_nothing_made_and_nothing_needed():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"method": "km"}, "method"), ({"unreadable": "x"}, "unreadable")]
+    ("options", "message"),
+    [
+        ({"method": "km"}, "method"),
+        ({"unreadable": "x"}, "unreadable"),
+        ({"unmatched": float("nan")}, "unmatched"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=f"{message} must be"):

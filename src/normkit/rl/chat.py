@@ -117,6 +117,13 @@ def as_data(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
 
 
+def content_text(content: Any) -> str:
+    """The text of a message's content, which may come in parts (``{"type": "text", "text"}``)."""
+    if isinstance(content, list):
+        content = "".join(str(p.get("text") or "") for p in content if isinstance(p, Mapping))
+    return str(content or "")
+
+
 def without_reasoning(text: str) -> str:
     """Return ``text`` without the thoughts that reasoning models put before their answer.
 

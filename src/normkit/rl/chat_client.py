@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from normkit.errors import InputError, MissingDependencyError, NormkitError
 from normkit.files import write_json
-from normkit.rl.chat import Message, plain_text, without_reasoning
+from normkit.rl.chat import Message, content_text, plain_text, without_reasoning
 from normkit.rl.judge import Failed
 
 if TYPE_CHECKING:
@@ -286,9 +286,7 @@ class OpenAIChat:
             raise _TransientError(
                 f"{self._endpoint} answered with something other than a chat completion"
             ) from None
-        if isinstance(content, list):  # content in parts
-            content = "".join(str(p.get("text") or "") for p in content if isinstance(p, dict))
-        said = without_reasoning(plain_text(str(content or "")))
+        said = without_reasoning(plain_text(content_text(content)))
         return "\n".join(filter(None, (said, *calls)))
 
     def _refusal(self, response: httpx.Response, batch: _Batch) -> _RequestError:

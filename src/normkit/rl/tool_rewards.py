@@ -15,6 +15,7 @@ most; n reference calls; T turns.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 import string
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from normkit.errors import InputError
 from normkit.functional.matching import METHODS, Matching, Method, match
+from normkit.rl.chat import content_text, without_reasoning
 from normkit.rl.tool_calls import Parsed, ToolCall, read_openai, read_qwen
 from normkit.rl.tool_similarity import Equal, similarities
 
@@ -146,6 +148,8 @@ class MatchOptions:
             raise InputError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.unreadable not in ("drop", "count"):
             raise InputError(f"unreadable must be drop or count, got {self.unreadable!r}")
+        if not math.isfinite(self.unmatched):
+            raise InputError(f"unmatched must be a finite number, got {self.unmatched}")
 
 
 def turn_rewards(traces: Sequence[Trace], options: MatchOptions | None = None) -> list[TurnRewards]:
@@ -225,18 +229,25 @@ def tool_trace(
 
     Args:
         messages: ``{"role", "content"}``; an assistant's calls stand in its ``tool_calls``, or in
-            its text as Qwen writes them. Every assistant message is a turn.
+            its text as Qwen writes them. Every assistant message is a turn; thoughts in it neither
+            call nor answer.
         gold: the reference calls.
         answer: the reference answer; None where answers are not paid.
         options: how calls are paid.
+
+    Raises:
+        InputError: where a message is no object, or a reference no :class:`ToolCall`.
     """
+    if not all(isinstance(call, ToolCall) for call in gold):
+        raise InputError("gold must hold calls as ToolCall: read_ftrl and others make them of JSON")
+    if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
+        raise InputError('messages must be a list of objects with "role" and "content"')
     turns: list[Parsed] = []
     answers = {}
     for message in messages:
         if message.get("role") != "assistant":
             continue
-        content = message.get("content")
-        text = content if isinstance(content, str) else ""
+        text = without_reasoning(content_text(message.get("content")))
         given = find_answer(text)
         if given is not None:
             answers[len(turns)] = 0.0 if answer is None else answer_f1(given, answer)
