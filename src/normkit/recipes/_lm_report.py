@@ -131,7 +131,7 @@ def run_comparison(
             f"{len(found)} trainings of {config.steps} steps, {torch.get_num_threads()} threads, "
             f"{run.seconds:.0f} s; losses in nats a byte of held-out text, each "
             "norm at its own best rate, differences paired by seed, 95% interval",
-            *(f"{name}: {f.measured} ({f.verdict})" for name, f in claims.items()),
+            *(f"{name}: {f}" for name, f in claims.items()),
         ],
         "table": _table(config, found, norms),
         "claims": {name: asdict(f) for name, f in claims.items()},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from normkit.recipes._mapo_comparison import NAMES, Facts, Plan, Trial, compare
 from normkit.recipes._trials import keep_each
-from normkit.recipes.base import Run
+from normkit.recipes.base import Run, table
 from normkit.report.plots import error_bars, figure, interval_band, side_legend
 from normkit.statistics import Interval, bootstrap_interval
 
@@ -70,10 +70,7 @@ def summarize(
     return {
         "title": "normkit run mapo: estimators in the tabular world",
         "summary": summary,
-        "table": {
-            "columns": list(_brief(trials[0])),
-            "rows": [list(_brief(trial).values()) for trial in trials],
-        },
+        "table": table(map(_brief, trials)),
         "facts": [asdict(f) for f in facts],
         "seconds": seconds,
     }

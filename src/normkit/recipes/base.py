@@ -7,7 +7,7 @@ makes it exist for the command line, the docs and the test suite.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,9 @@ class Finding:
     verdict: Verdict
     measured: str
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.measured} ({self.verdict})"
 
 
 def within(error: float, tolerance: float, **details: Any) -> Finding:
@@ -105,6 +108,12 @@ class System:
     run: Callable[[Any, Path], Mapping[str, Any]]
     claims: Sequence[Claim]
     aliases: Sequence[str] = ()
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows with the same keys as the table of a report: its columns are the keys."""
+    rows = list(rows)
+    return {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
 
 
 class Run:

@@ -88,7 +88,7 @@ def summarize(found: Comparison, config: Config, seconds: float) -> dict[str, An
             f"{len(found.trials)} trainings of {config.steps} steps, "
             f"{torch.get_num_threads()} threads, {seconds:.0f} s; differences are LSTM minus "
             "LN-LSTM, paired by seed, each net at its own best rate, 95% interval",
-            *(f"{name}: {f.measured} ({f.verdict})" for name, f in claims.items()),
+            *(f"{name}: {f}" for name, f in claims.items()),
         ],
         "table": {
             "columns": [

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from normkit.errors import InputError
 from normkit.files import check_new
@@ -37,8 +37,10 @@ from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
 from normkit.rl.environments.epm import EPMConfig, RewardKind
 from normkit.rl.environments.scenario import Scenario, builtin_scenarios, load_scenarios
 from normkit.rl.loss import PolicyLossConfig
-from normkit.rl.rollout import RolloutConfig
 from normkit.rl.trainer_config import TrainerConfig
+
+if TYPE_CHECKING:
+    from normkit.rl.rollout import RolloutConfig
 
 _MAPO_FAMILY = ("mapo", "turn", "batch", "batch-returns", "turn-baseline")
 """Estimators that share MAPO's options; others keep the defaults of their own papers."""
@@ -135,7 +137,9 @@ class Config:
             raise InputError(f"judge_timeout must be above 0, got {self.judge_timeout}")
         if self.save_hf is not None:
             check_new(self.save_hf)
-        _ = self.epm, self.training, self.speech, self.loss  # check themselves
+        _ = self.epm, self.training, self.loss  # check themselves
+        if self.world == "empathy":
+            _ = self.speech
 
     @property
     def epm(self) -> EPMConfig:
@@ -165,6 +169,8 @@ class Config:
     @property
     def speech(self) -> RolloutConfig:
         """How replies are generated."""
+        from normkit.rl.rollout import RolloutConfig
+
         return RolloutConfig(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, dtype=self.dtype
         )
@@ -202,7 +208,11 @@ def run(config: Config, folder: Path) -> Mapping[str, Any]:
 
 
 def make_environment(config: Config, folder: Path) -> EmpathyEnvironment:
-    """Build the world of a configuration: scenarios, judge and simulated user."""
+    """Build the world of a configuration: scenarios, judge and simulated user.
+
+    Raises:
+        InputError: where a judge lacks its model or address, or there are too few scenarios.
+    """
     train, heldout = _scenarios(config)
     world = EmpathyConfig(epm=config.epm, reward=config.reward)
     if config.judge == "embedding":

@@ -186,7 +186,7 @@ def summarize(
             f"{len(GAMES)} games of poker, {len(ARMS)} arms, {config.seeds} seeds, {played}; "
             f"Mini Hanabi, {config.hanabi_seeds} seeds: {seconds:.0f} s; gains are paired by seed, "
             "95% interval",
-            *(f"{name}: {found.measured} ({found.verdict})" for name, found in findings.items()),
+            *(f"{name}: {found}" for name, found in findings.items()),
         ],
         "table": {
             "columns": ["game", "credit", "rate", "average policy", "last policy", "seat 0 wins"],

@@ -38,7 +38,7 @@ from normkit.recipes._matchtir_measured import (
 )
 from normkit.recipes._matchtir_tabular import KINDS, SETTINGS
 from normkit.recipes._trials import ComparisonPlan, keep_each
-from normkit.recipes.base import Run, System
+from normkit.recipes.base import Run, System, table
 from normkit.report.plots import error_bars, figure, interval_band
 from normkit.statistics import bootstrap_interval
 
@@ -150,26 +150,26 @@ def summarize(
         )
     }
     findings["lead of dual-km over outcome"] = gap_grows(trials)
-    rows = [
-        [name, kind, *_means(found[kind]), str(bootstrap_interval(_apart(credited, name, kind)))]
-        for name, found in credited.items()
-        for kind in KINDS
-    ]
     return {
         "title": "normkit run matchtir: credit for tool calls in the tool world",
         "summary": [
             f"{len(trials)} kinds of credit, {config.seeds} seeds, {config.updates} updates of 72 "
             f"dialogues: {seconds:.0f} s; differences are paired by seed, 95% interval",
-            *(f"{name}: {f.measured} ({f.verdict})" for name, f in findings.items()),
+            *(f"{name}: {found}" for name, found in findings.items()),
         ],
-        "table": {
-            "columns": list(_brief(next(iter(trials.values())))),
-            "rows": [list(_brief(trial).values()) for trial in trials.values()],
-        },
-        "credit": {
-            "columns": ["credit", "calls", "mean advantage", "needed minus these"],
-            "rows": rows,
-        },
+        "table": table(map(_brief, trials.values())),
+        "credit": table(
+            {
+                "credit": name,
+                "calls": kind,
+                "mean advantage": sum(found[kind]) / len(found[kind]),
+                "needed minus these": str(
+                    bootstrap_interval(told_apart(credited, name, kind).tolist())
+                ),
+            }
+            for name, found in credited.items()
+            for kind in KINDS
+        ),
         "seconds": seconds,
     }
 
@@ -181,15 +181,6 @@ def _brief(trial: Trial) -> dict[str, Any]:
     for length, f1 in trial.by_length().items():
         brief[f"f1, {length} calls"] = float(f1.mean())
     return brief
-
-
-def _means(values: Sequence[float]) -> list[float]:
-    return [sum(values) / len(values)]
-
-
-def _apart(credited: dict[str, dict[str, list[float]]], name: str, kind: str) -> list[float]:
-    apart: list[float] = told_apart(credited, name, kind).tolist()
-    return apart
 
 
 # ----------------------------------------------------------------------- plots

@@ -21,7 +21,7 @@ There is no authors' code. The division needs a floor, which is ours: see docs/p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,7 @@ from normkit.recipes._st_ppo_plots import (
 )
 from normkit.recipes._st_ppo_recurrent import EVERY
 from normkit.recipes._trials import keep_each
-from normkit.recipes.base import Finding, Run, System
+from normkit.recipes.base import Finding, Run, System, table
 from normkit.statistics import bootstrap_interval
 
 _HOT = "rate too large"
@@ -172,7 +172,7 @@ def _chain(config: Config, run: Run) -> dict[str, Any]:
     return {
         "title": "normkit run st-ppo: off-policy updates, term by term",
         "summary": _sentences(findings),
-        "table": _table(found.values()),
+        "table": table(map(_brief, found.values())),
     }
 
 
@@ -211,17 +211,12 @@ def _search(config: Config, run: Run) -> dict[str, Any]:
     return {
         "title": "normkit run st-ppo: stale data in the search world",
         "summary": _sentences(findings),
-        "table": _table(trial for trials in found.values() for trial in trials),
+        "table": table(_brief(trial) for trials in found.values() for trial in trials),
     }
 
 
 def _sentences(findings: Mapping[str, Finding]) -> list[str]:
-    return [f"{name}: {f.measured} ({f.verdict})" for name, f in findings.items()]
-
-
-def _table(trials: Iterable[Trial]) -> dict[str, Any]:
-    rows = [_brief(trial) for trial in trials]
-    return {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
+    return [f"{name}: {f}" for name, f in findings.items()]
 
 
 def _brief(trial: Trial) -> dict[str, Any]:

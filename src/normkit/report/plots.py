@@ -14,7 +14,11 @@ from normkit.statistics import Interval, bootstrap_interval
 
 @contextmanager
 def figure(path: str | Path, columns: int = 1, width: float = 6.0) -> Iterator[Sequence[Any]]:
-    """Yield ``columns`` axes side by side; the figure is written to ``path`` at the block's end."""
+    """Yield ``columns`` axes side by side; the figure is written to ``path`` at the block's end.
+
+    Raises:
+        MissingDependencyError: without matplotlib.
+    """
     try:
         import matplotlib as mpl
     except ImportError:

@@ -131,7 +131,11 @@ class ServedPlayer:
         return chat
 
     def likelihood(self) -> LikelihoodScorer:
-        """Not to be had of a server."""
+        """Not to be had of a server.
+
+        Raises:
+            InputError: always.
+        """
         raise InputError(
             "likelihood needs the model on this machine; servers give no likelihood of an answer"
         )
