@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -77,6 +79,23 @@ def test_separators_of_lines_inside_of_texts_cut_no_row(tmp_path):
     logger.append("dialogues", [row])
     logger.rewind(1)
     assert read_table(tmp_path, "dialogues") == [row]
+
+
+def test_a_process_of_several_leaves_without_the_interpreters_end():
+    code = """
+import atexit, sys
+from normkit.runs import leave
+class Last:
+    def __del__(self):
+        print("the interpreter ends")
+last = Last()
+atexit.register(print, "at exit")
+sys.stdout.write("unflushed, ")
+leave(3)
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "unflushed, at exit\n", "")
 
 
 def test_tensorboard_events_are_written(tmp_path):

@@ -23,6 +23,7 @@ from normkit.files import finite, write_json
 from normkit.recipes.base import Claim, Finding, System
 from normkit.runs import (
     latest_run_folder,
+    leave,
     new_run_folder,
     process_count,
     process_rank,
@@ -323,7 +324,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def entry() -> None:
     """Entry point of the ``normkit`` program."""
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if process_count() > 1:
+        leave(code)
+    sys.exit(code)
 
 
 def _parse_run(system: System, arguments: Sequence[str], default: Any) -> tuple[Any, RunOptions]:

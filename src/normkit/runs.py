@@ -14,13 +14,15 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from normkit.errors import InputError
 from normkit.files import finite, write_json, write_text
@@ -34,6 +36,22 @@ def process_count() -> int:
 def process_rank() -> int:
     """Which of them this one is; the one of rank 0 writes the run folder."""
     return int(os.environ.get("RANK", "0"))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process of several as multiprocessing ends its own: without the interpreter's end.
+
+    Threads of gloo let go of the tensors that they exchanged when they come to it, and need the
+    interpreter for that. One that comes to it while the interpreter ends aborts the process (torch
+    2.13), though all work is done; DistributedDataParallel keeps these threads to the very end.
+
+    Args:
+        code: the exit code.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def new_run_folder(root: str | Path, slug: str) -> Path:

@@ -329,20 +329,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, request):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_checkpoints_of_other_models_are_refused(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    save_checkpoint(tmp_path / "c", model, optimizer, {"step": 1})
-    assert load_checkpoint(tmp_path / "c", torch.nn.Linear(2, 2)) == {"step": 1}
-    with pytest.raises(InputError, match="weight has shape"):
-        load_checkpoint(tmp_path / "c", torch.nn.Linear(3, 2))
-    with pytest.raises(InputError, match="names differ"):
-        load_checkpoint(tmp_path / "c", torch.nn.Linear(2, 2, bias=False))
-    (tmp_path / "c" / "optimizer.safetensors").unlink()
-    with pytest.raises(InputError, match=r"optimizer\.safetensors is missing"):
-        load_checkpoint(tmp_path / "c", model)
-
-
 def test_a_full_disk_does_not_hide_why_a_step_failed(tmp_path, request):
     trainer = make(judge=PlainJudge(fail_all_after=3))
     request.getfixturevalue("little_room")
@@ -373,10 +359,24 @@ class Paid:
         self.world = ScriptedWorld(self.max_turns, turns, lambda *_: "Go on.")
         self.reward = reward
 
-    with pytest.raises(InputError, match="of another optimizer"):
-        load_checkpoint(tmp_path / "c", model, torch.optim.AdamW([model.weight]))
     def tasks(self, split):
         return ["a", "b"]
+
+def test_checkpoints_of_other_models_are_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(tmp_path / "c", model, optimizer, {"step": 1})
+    assert load_checkpoint(tmp_path / "c", torch.nn.Linear(2, 2)) == {"step": 1}
+    with pytest.raises(InputError, match="weight has shape"):
+        load_checkpoint(tmp_path / "c", torch.nn.Linear(3, 2))
+    with pytest.raises(InputError, match="names differ"):
+        load_checkpoint(tmp_path / "c", torch.nn.Linear(2, 2, bias=False))
+    with pytest.raises(InputError, match="of another optimizer"):
+        load_checkpoint(tmp_path / "c", model, torch.optim.AdamW([model.weight]))
+    (tmp_path / "c" / "optimizer.safetensors").unlink()
+    with pytest.raises(InputError, match=r"optimizer\.safetensors is missing"):
+        load_checkpoint(tmp_path / "c", model)
+
 
     def start(self, task, seed):
         # Seeds of the trainer are large; the last digit decides.
@@ -630,7 +630,7 @@ def test_greedy_evaluation_leaves_sampling_as_it_was():
 
 
 WORKERS = """
-import os, sys, torch
+import sys, torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 from normkit.rl.checkpoint import trainable
@@ -646,8 +646,9 @@ if trainer.engine.rank == 0:
         weights.update(trainable(trainer.learner.critic))
     save_file({n: p.detach().contiguous() for n, p in weights.items()}, sys.argv[1])
 trainer.engine.wait()
-os._exit(0)  # all is saved; threads of gloo may abort the interpreter's own way out
+leave(0)
 """
+from normkit.runs import leave
 
 
 @pytest.mark.slow
