@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from normkit.errors import InputError
-from normkit.rl import policy
+from normkit.rl import policy, row_attention
 from normkit.rl.dialogue import PackedRow
-from normkit.rl.policy import collate, token_logprobs
+from normkit.rl.models import with_lora
+from normkit.rl.policy import collate, takes_trees, token_logprobs, token_states
 from tests.rl.tiny import tiny_batch, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -119,3 +121,124 @@ def test_what_cannot_be_scored_is_named():
     model.config.logit_scale = 0.5
     with pytest.raises(InputError, match="logit_scale"):
         token_logprobs(model, tiny_batch())
+
+
+def begun(*rows):
+    """Rows of tokens with everything but the first three sampled."""
+    return collate(
+        [
+            PackedRow(torch.tensor(r), torch.arange(len(r)).sub(3).clamp(-1), torch.zeros(len(r)))
+            for r in rows
+        ]
+    )
+
+
+HEAD = [7, 3, 9, 4, 8]
+BATCHES = {
+    "a group": begun([*HEAD, 1, 2, 3, 4], [*HEAD, 1, 5], [*HEAD, 6, 6, 6]),
+    "two groups": begun([*HEAD, 1, 2], [*HEAD, 3], [7, 3, 5, 5, 5], [7, 3, 5, 5, 6, 6]),
+    "all the same": begun([*HEAD, 1, 2], [*HEAD, 1, 2], [*HEAD, 1]),
+    "nothing alike": begun([1, 2, 3, 4, 5], [2, 2, 3, 4], [3, 2, 3, 4, 5, 6]),
+    "one": begun([*HEAD, 1, 2]),
+}
+
+
+SIZES = {
+    "vocab_size": len(TOKENIZER),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def windowed():
+    config = transformers.MistralConfig(**SIZES, sliding_window=4)
+    return transformers.MistralForCausalLM(config)
+
+
+def numbered():
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48}
+    config = transformers.GPT2Config(vocab_size=len(TOKENIZER), **sizes)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def exact():
+    # Its norms, unlike those of most, compute in the dtype of the model.
+    return transformers.Starcoder2ForCausalLM(transformers.Starcoder2Config(**SIZES)).double()
+
+
+MODELS = {
+    "llama": lambda: tiny_model(TOKENIZER),
+    "lora": lambda: with_lora(tiny_model(TOKENIZER), 2),
+    "sliding window": windowed,
+    "learned positions": numbered,
+    "float64": exact,
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_as_a_tree_states_and_gradients_are_those_of_rows(monkeypatch, batch, make, recompute):
+    torch.manual_seed(0)
+    model = make().eval()
+    assert takes_trees(model)
+    tolerance = 1e-5
+    if model.dtype == torch.float64:
+        # The products sum gradients in float32; the attention of torch does not.
+        monkeypatch.setattr(row_attention, "_LONGEST", 0)
+        tolerance = 1e-12
+    found = [token_states(model, batch, recompute)[0]]
+    monkeypatch.setattr(policy, "takes_trees", lambda _: False)
+    found.append(token_states(model, batch, recompute)[0])
+    torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
+    slope = torch.randn_like(found[0])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ours, plain = (torch.autograd.grad(f, trained, slope, allow_unused=True) for f in found)
+    pairs = [pair for pair in zip(ours, plain, strict=True) if pair != (None, None)]
+    assert len(pairs) >= len(trained) - 1  # the projection has no part in the states
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, atol=20 * tolerance, rtol=20 * tolerance)
+
+
+def test_each_distinct_token_is_encoded_once():
+    model, batch = tiny_model(TOKENIZER), BATCHES["two groups"]
+    assert takes_trees(model)
+    seen = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _m, i, _o: seen.append(i[0].shape))
+    token_logprobs(model, batch)
+    assert [shape[:2] for shape in seen] == [(1, 5 + 2 + 1 + 2 + 1 + 1 + 1)]
+
+
+def mixing():
+    """A model whose tokens also meet where they stand side by side."""
+    model = tiny_model(TOKENIZER)
+
+    def mix(_module, _inputs, out):
+        return out + torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], 1)
+
+    model.model.layers[0].mlp.register_forward_hook(mix)
+    return model
+
+
+def convolved():
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
+    return transformers.Lfm2ForCausalLM(config).eval()
+
+
+def unfit():
+    model = tiny_model(TOKENIZER)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("make", [mixing, convolved, unfit])
+def test_a_model_that_takes_no_trees_is_given_rows(make):
+    model = make()
+    assert not takes_trees(model)
+    data = BATCHES["a group"]
+    found, _ = token_logprobs(model, data)
+    torch.testing.assert_close(found, by_autograd(model, data, 1.0)[0], atol=1e-5, rtol=1e-5)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from normkit.errors import InputError
+from normkit.rl import policy, update
 from normkit.rl.checkpoint import load_checkpoint
 from normkit.rl.critic import CriticConfig
 from normkit.rl.loss import PolicyLossConfig
@@ -82,6 +83,26 @@ def test_accumulation_changes_nothing(level):
     assert whole["bias_norm"] > 1e-3
     for name in ("loss", "value_loss", "bias_norm", "grad_norm", "ratio_max", "clip_fraction"):
         assert whole[name] == pytest.approx(split[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        {"loss": PolicyLossConfig(kl_weight=0.1, entropy_weight=0.1)},
+        {"loss": PolicyLossConfig(kl_weight=0.1), "lora_rank": 2, "recompute": True},
+        {"estimator": "ppo", "critic": CriticConfig("token", detach=False), "epochs": 2},
+    ],
+    ids=["reference", "lora", "critic"],
+)
+def test_an_update_on_trees_is_one_on_rows(monkeypatch, setup):
+    on_trees, on_rows = make(**setup), make(**setup)
+    dialogues = sampled(on_trees)
+    found = on_trees.update(dialogues)
+    for module in (policy, update):
+        monkeypatch.setattr(module, "takes_trees", lambda _: False)
+    expected = on_rows.update(dialogues)
+    for name in ("loss", "grad_norm", "entropy", "sampling_kl"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
 def test_a_ratio_of_dialogues_is_exact_where_they_outgrew_their_context():

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkit.rl.row_tree import count_nodes
+
 
 @dataclass
 class Turn:
@@ -180,16 +182,23 @@ def pack(dialogues: Sequence[Dialogue]) -> list[PackedRow]:
 
 
 def micro_batches(
-    rows: Sequence[PackedRow], max_tokens: int, unit: Sequence[int] | None = None
+    rows: Sequence[PackedRow],
+    max_tokens: int,
+    unit: Sequence[int] | None = None,
+    trees: bool = False,
 ) -> list[list[int]]:
-    """Split rows into batches of similar length whose padded size is at most ``max_tokens``.
+    """Split rows into batches of at most ``max_tokens`` tokens that are computed.
+
+    Rows of similar length come together and count with their padding. As trees, rows that begin
+    alike come together and count by their nodes, or by half of their padded size where that is
+    more: attention sees them padded.
 
     Args:
         rows: packed rows.
-        max_tokens: largest ``rows x longest row`` of a batch; a longer single unit is a batch of
-            its own.
+        max_tokens: most tokens of a batch; a longer single unit is a batch of its own.
         unit: number of each row's unit, such as its dialogue; rows of the same unit are not
             separated. Each row by itself if None.
+        trees: whether the model takes trees (:mod:`normkit.rl.row_tree`).
 
     Returns:
         Lists of row indices, each index once.
@@ -197,13 +206,21 @@ def micro_batches(
     members: dict[int, list[int]] = {}
     for i in range(len(rows)):
         members.setdefault(i if unit is None else unit[i], []).append(i)
-    length = {key: max(len(rows[i].token_ids) for i in own) for key, own in members.items()}
+
+    def size(chosen: Sequence[int]) -> float:
+        tokens = [rows[i].token_ids for i in chosen]
+        padded = len(tokens) * max(map(len, tokens))
+        return max(count_nodes(tokens), padded / 2) if trees else padded
+
+    def place(key: int) -> tuple[Any, int]:
+        first = members[key][0]
+        length = max(len(rows[i].token_ids) for i in members[key])
+        return (rows[first].token_ids.tolist() if trees else length), key
+
     batches: list[list[int]] = []
-    longest = 0
-    for key in sorted(members, key=lambda key: (length[key], key), reverse=True):
-        if not batches or (len(batches[-1]) + len(members[key])) * longest > max_tokens:
+    for key in sorted(members, key=place, reverse=True):
+        if not batches or size(batches[-1] + members[key]) > max_tokens:
             batches.append([])
-            longest = length[key]
         batches[-1] += members[key]
     return batches
 

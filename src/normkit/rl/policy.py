@@ -1,6 +1,10 @@
 """Log-probabilities of sampled replies: one forward pass over packed dialogues.
 
-Shapes: B rows, L tokens of the longest row, M sampled tokens of the batch, D width, V vocabulary.
+Where the model's attention is torch's, the pass is over the nodes of the rows' tree: what dialogues
+of a group begin with is encoded once, and padding never.
+
+Shapes: B rows, L tokens of the longest row, T nodes of their tree, M sampled tokens of the batch,
+D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +24,7 @@ from normkit.errors import InputError
 from normkit.rl.dialogue import PackedRow
 from normkit.rl.inference import unwrap
 from normkit.rl.row_attention import rows_attend
+from normkit.rl.row_tree import RowTree
 
 _KEPT = 1 << 27
 """Logits of a batch up to this many are kept for the backward pass; more are made anew there."""
@@ -41,6 +47,7 @@ class TokenBatch:
         position: position of each sampled token in its row ``[M]``; always at least 1.
         turn_row: row of the turn table each token belongs to ``[M]``.
         logprob: log-probability at sampling ``[M]``.
+        tree: the rows as a tree.
     """
 
     input_ids: Tensor
@@ -49,6 +56,7 @@ class TokenBatch:
     position: Tensor
     turn_row: Tensor
     logprob: Tensor
+    tree: RowTree
 
     @property
     def target(self) -> Tensor:
@@ -75,6 +83,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device | str = "cpu") -> To
         position=position.to(device),
         turn_row=turn_row[row, position].to(device),
         logprob=logprob[row, position].to(device),
+        tree=RowTree.of([row.token_ids for row in rows], device),
     )
 
 
@@ -118,16 +127,70 @@ def token_states(
     Returns:
         Hidden states ``[M, D]`` and the projection.
     """
+    tree = batch.tree if takes_trees(model) else None
+    hidden, head = _encode(model, batch, tree, recompute)
+    return hidden[batch.row, batch.position - 1], head
+
+
+def takes_trees(model: nn.Module) -> bool:
+    """Whether a model computes the same over the nodes of a tree of rows as over the rows.
+
+    So it is where tokens meet in attention alone and that attention is torch's. The model is tried
+    on a few tokens, once, so that one which does not fit (recurrent state, positions of its own
+    counting) is found out here.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not.
+    """
     inner = unwrap(model)
+    if inner.config.get_text_config()._attn_implementation != "sdpa":
+        return False
+    if inner not in _FITS:
+        _FITS[inner] = _fits(inner)
+    return _FITS[inner]
+
+
+_FITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _fits(model: Any) -> bool:
+    """Compare the hidden states of two rows that begin alike."""
+    device = next(model.parameters()).device
+    size = int(model.get_input_embeddings().num_embeddings)
+    rows = [torch.tensor(row).remainder(size) for row in ([7, 3, 9, 4, 8, 2], [7, 3, 9, 5])]
+    batch = collate(
+        [PackedRow(r, torch.full_like(r, -1), torch.zeros(len(r))) for r in rows], device
+    )
+    with torch.autocast(device.type, enabled=False):
+        rows_alone, _ = _encode(model, batch, None)
+        try:
+            as_nodes, _ = _encode(model, batch, batch.tree)
+        except Exception:  # whatever an unknown architecture trips over
+            return False
+    real = batch.attention_mask.bool()
+    expected, found = rows_alone[real].float(), as_nodes[real].float()
+    error = float((found - expected).abs().max() / expected.std().clamp_min(1e-12))
+    return error < (1e-3 if rows_alone.dtype == torch.float32 else 0.25)
+
+
+def _encode(
+    model: nn.Module, batch: TokenBatch, tree: RowTree | None, recompute: bool = False
+) -> tuple[Tensor, nn.Module]:
+    """Hidden states of the rows ``[B, L, D]``, found over their nodes if there is a tree."""
+    inner = unwrap(model)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if tree is not None:
+        ids = tree.fold(batch.input_ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs["position_ids"] = tree.position[None]
     with (
         _hidden_states_only(inner) as head,
-        _recomputed_layers(inner, recompute),
-        rows_attend(inner),
+        _recomputed_layers(inner, recompute, tree),
+        rows_attend(inner, tree),
     ):
-        hidden = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
-    return hidden[batch.row, batch.position - 1], head
+        hidden = model(**inputs, use_cache=False).logits
+    return hidden if tree is None else tree.unfold(hidden), head
 
 
 def state_logprobs(
@@ -299,7 +362,7 @@ def _hidden_states_only(inner: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _recomputed_layers(model: nn.Module, recompute: bool) -> Iterator[None]:
+def _recomputed_layers(model: nn.Module, recompute: bool, tree: RowTree | None) -> Iterator[None]:
     """Let every layer of the stack forget its activations until the backward pass.
 
     transformers' own switch works in training mode only, which would turn dropout on.
@@ -310,7 +373,7 @@ def _recomputed_layers(model: nn.Module, recompute: bool) -> Iterator[None]:
     layers = max(stacks, key=lambda s: sum(p.numel() for p in s.parameters()), default=())
     for layer in layers:
         # The backward pass computes them when this block is over, with the attention they had.
-        forward = rows_attend(model)(layer.forward)
+        forward = rows_attend(model, tree)(layer.forward)
         layer.forward = partial(checkpoint, forward, use_reentrant=False)
     try:
         yield

@@ -10,6 +10,9 @@ It plugs into transformers' registries under :data:`ROW_ATTENTION`, for models w
 torch's ("sdpa"). The rows are padded on the right, where a causal model cannot look: the mask of
 the padding is left out.
 
+A model may also be given the nodes of a :class:`~normkit.rl.row_tree.RowTree` as one sequence: all
+of it then computes each distinct token once, and only attention sees whole rows.
+
 Shapes: B rows, L tokens of a row (padded), H query heads, K key-value heads, G = H / K, D width of
 a head, b queries of a block, S keys up to its end.
 """
@@ -18,13 +21,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from normkit.errors import MissingDependencyError
+from normkit.rl.row_tree import RowTree
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+except ImportError:
+    raise MissingDependencyError("transformers", "rl") from None
 
 ROW_ATTENTION = "normkit_rows"
 """Name of the attention implementation in transformers' registries."""
@@ -37,6 +48,8 @@ _BLOCK = 64
 
 _PLAIN = ("softcap", "s_aux", "position_bias", "head_mask")
 """Features that change the result and are left to transformers."""
+
+_TREE: ContextVar[RowTree | None] = ContextVar("normkit_row_tree", default=None)
 
 
 class _ProductAttention(torch.autograd.Function):
@@ -96,6 +109,10 @@ def _heads(rows: Tensor, start: int, end: int) -> Tensor:
 
 def row_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """Mask of rows that are padded on the right: None where it is causal and no more."""
+    tree = _TREE.get()
+    if tree is not None:
+        rows, length = tree.node.shape
+        kwargs.update(batch_size=rows, q_length=length, kv_length=length)
     mask: Tensor | None = sdpa_mask(*args, attention_mask=None, **kwargs)
     return mask
 
@@ -106,11 +123,9 @@ def row_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of whole rows; what does not suit the products goes to transformers.
+    """Attention of whole rows, which come padded or as the nodes of their tree (B = 1, L = T).
 
     Args:
         module: the attention layer.
@@ -118,13 +133,32 @@ def row_attention(
         key: ``[B, K, L, D]``.
         value: ``[B, K, L, D]``.
         attention_mask: :func:`row_mask`.
-        dropout: share of the probabilities that are dropped.
-        scaling: factor of the scores; ``D ** -0.5`` if None.
         **kwargs: further features of the model.
 
     Returns:
         Outputs ``[B, L, H, D]``, and None for the attention weights.
     """
+    tree = _TREE.get()
+    if tree is None:
+        return _attend(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = (
+        tree.unfold(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)
+    )
+    output, _ = _attend(module, query, key, value, attention_mask, **kwargs)
+    return tree.fold(output), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of padded rows; what does not suit the products goes to transformers."""
     batch, heads, length, width = query.shape
     suits = (
         query.device.type == "cpu"
@@ -152,15 +186,22 @@ def row_attention(
 
 
 @contextmanager
-def rows_attend(model: Any) -> Iterator[None]:
-    """Let a transformers model attend by :func:`row_attention` where its attention is torch's."""
+def rows_attend(model: Any, tree: RowTree | None = None) -> Iterator[None]:
+    """Let a transformers model attend by :func:`row_attention` where its attention is torch's.
+
+    Args:
+        model: the model.
+        tree: the rows whose nodes the model is going to be given; None where it gets padded rows.
+    """
     config = model.config.get_text_config()
     original = config._attn_implementation
     if original == "sdpa":
         config._attn_implementation = ROW_ATTENTION
+    token = _TREE.set(tree)
     try:
         yield
     finally:
+        _TREE.reset(token)
         config._attn_implementation = original
 
 

@@ -35,7 +35,7 @@ class TrainerConfig:
         max_grad_norm: gradients are clipped to this norm.
         mini_batches: updates that one batch is split into.
         epochs: passes over a batch.
-        micro_batch_tokens: padded tokens of one forward pass; bounds memory.
+        micro_batch_tokens: tokens of one forward pass; bounds memory.
         lora_rank: rank of LoRA adapters; 0 trains all weights.
         autocast: dtype of the forward pass: "auto", "float32" or "bfloat16".
         recompute: compute the layers' activations again in the backward pass instead of keeping

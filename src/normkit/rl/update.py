@@ -33,7 +33,14 @@ from normkit.rl.loss import (
     sampling_weight,
 )
 from normkit.rl.models import resolve_dtype, with_lora
-from normkit.rl.policy import TokenBatch, collate, state_logprobs, token_logprobs, token_states
+from normkit.rl.policy import (
+    TokenBatch,
+    collate,
+    state_logprobs,
+    takes_trees,
+    token_logprobs,
+    token_states,
+)
 from normkit.rl.trainer_config import TrainerConfig
 
 
@@ -385,7 +392,8 @@ class PolicyUpdate:
     ) -> list[list[int]]:
         """Split some rows into micro-batches; those of the same unit stay together."""
         budget = self.config.micro_batch_tokens
-        places = micro_batches([rows[i] for i in chosen], budget, unit)
+        trees = takes_trees(self.model)
+        places = micro_batches([rows[i] for i in chosen], budget, unit, trees)
         return [[chosen[k] for k in piece] for piece in places]
 
     def _collate(self, rows: Sequence[PackedRow], members: Sequence[int]) -> TokenBatch:
