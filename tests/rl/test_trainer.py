@@ -125,20 +125,6 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
             assert len(b) == 1 or len(b) * max(len(rows[i].token_ids) for i in b) <= budget
 
 
-def test_micro_batches_as_trees_bring_together_what_begins_alike():
-    beginnings = [torch.full((40,), number) for number in range(3)]
-    rows = []
-    for i in range(12):
-        ids = torch.cat([beginnings[i % 3], torch.arange(i, 2 * i + 10)])
-        rows.append(PackedRow(ids, torch.zeros(len(ids)), torch.zeros(len(ids))))
-    batches = micro_batches(rows, 150, trees=True)
-    assert sorted(map(sorted, batches)) == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
-    assert len(micro_batches(rows, 150)) == 6
-    # Attention sees the padded rows: they stay within twice the budget.
-    alike = [PackedRow(torch.zeros(50), torch.zeros(50), torch.zeros(50))] * 9
-    assert [len(b) for b in micro_batches(alike, 100, trees=True)] == [4, 4, 1]
-
-
 def test_micro_batches_do_not_separate_the_rows_of_a_unit():
     rows = [PackedRow(torch.zeros(n), torch.zeros(n), torch.zeros(n)) for n in (5, 9, 2, 7, 3)]
     unit = [0, 1, 0, 2, 2]
@@ -364,18 +350,6 @@ def test_broken_files_of_a_checkpoint_are_named(tmp_path, name, keep):
         load_checkpoint(tmp_path, model, optimizer)
 
 
-class Paid:
-    """Talks for as many turns as ``turns(seed)`` says and pays what ``reward(seed, turn)`` says."""
-
-    max_turns = 12
-
-    def __init__(self, reward, turns=lambda seed: 3):
-        self.world = ScriptedWorld(self.max_turns, turns, lambda *_: "Go on.")
-        self.reward = reward
-
-    def tasks(self, split):
-        return ["a", "b"]
-
 def test_checkpoints_of_other_models_are_refused(tmp_path):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -391,6 +365,18 @@ def test_checkpoints_of_other_models_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"optimizer\.safetensors is missing"):
         load_checkpoint(tmp_path / "c", model)
 
+
+class Paid:
+    """Talks for as many turns as ``turns(seed)`` says and pays what ``reward(seed, turn)`` says."""
+
+    max_turns = 12
+
+    def __init__(self, reward, turns=lambda seed: 3):
+        self.world = ScriptedWorld(self.max_turns, turns, lambda *_: "Go on.")
+        self.reward = reward
+
+    def tasks(self, split):
+        return ["a", "b"]
 
     def start(self, task, seed):
         # Seeds of the trainer are large; the last digit decides.
@@ -648,6 +634,7 @@ import sys, torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 from normkit.rl.checkpoint import trainable
+from normkit.runs import leave
 from tests.rl.test_trainer import SETUPS, make
 # Small passes: the process with one group has fewer of them than the one with two.
 trainer = make(sys.argv[1] + ".run", steps=2, groups=3, micro_batch_tokens=200,
@@ -662,7 +649,6 @@ if trainer.engine.rank == 0:
 trainer.engine.wait()
 leave(0)
 """
-from normkit.runs import leave
 
 
 @pytest.mark.slow
