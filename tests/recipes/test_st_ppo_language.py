@@ -50,7 +50,8 @@ def model(monkeypatch):
 @pytest.mark.parametrize(("method", "rank"), [("st-ppo", 0), ("so-grpo", 2)])
 def test_a_chat_model_is_trained_to_search(tmp_path, method, rank):
     results = run(Config(**SMALL, method=method, lora_rank=rank), tmp_path)
-    assert [row[1] for row in results["table"]["rows"]] == list(METRICS)
+    columns = [(row[0], row[1]) for row in results["table"]["rows"]]
+    assert columns == [(mode, name) for mode in ("greedy", "sampled") for name in METRICS]
     assert any("supervised" in line for line in results["summary"])
     steps, updates = read_table(tmp_path), read_table(tmp_path, "updates")
     assert [row["step"] for row in steps] == [1, 2]

@@ -181,14 +181,24 @@ def conduct(trainer: Trainer, folder: Path, study: Study, console: Console) -> M
     return finish(trainer.logger, results, console)
 
 
-def play_heldout(trainer: Trainer, count: int) -> Played:
-    """Play so many of the held-out tasks, spread over all that there are, greedily."""
+def play_heldout(trainer: Trainer, count: int, modes: Sequence[str] = ("greedy",)) -> Played:
+    """Play so many of the held-out tasks, spread over all that there are.
+
+    Args:
+        trainer: the trainer.
+        count: tasks.
+        modes: how replies are chosen, "greedy" or "sampled" as in training.
+    """
     world, rollout = trainer.environment, trainer.rollout
     names = world.tasks("heldout")
     chosen = names[:: max(1, len(names) // count)][:count]
+    tasks = [(task, i, i) for i, task in enumerate(chosen)]
     rollout.sync(trainer.model)
-    greedy = rollout.with_config(replace(rollout.config, greedy=True))
-    return {"greedy": greedy.run(world, [(task, i, i) for i, task in enumerate(chosen)])}
+    played = {}
+    for mode in modes:
+        player = rollout.with_config(replace(rollout.config, greedy=mode == "greedy"))
+        played[mode] = player.run(world, tasks)
+    return played
 
 
 def evaluate(trainer: Trainer, folder: Path, name: str, study: Study, console: Console) -> None:

@@ -92,7 +92,7 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         about=f"{config.method} on {config.model}",
         score="exact match",
         metrics=METRICS,
-        play=partial(play_heldout, count=config.heldout),
+        play=partial(play_heldout, count=config.heldout, modes=("greedy", "sampled")),
         tasks="held-out questions",
         plot=plot,
     )
