@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from normkit.errors import InputError
 from normkit.rl.advantage import estimate
 from normkit.rl.environment import Reply
 from normkit.rl.environments.tools import ToolWorld, ToolWorldConfig
+from normkit.rl.models import load_policy
 from normkit.rl.tool_calls import ToolCall
 from tests.rl.tiny import tiny_model, tiny_tokenizer
 
@@ -232,6 +235,36 @@ def test_turns_after_the_end_earn_nothing():
     assert rewards[0][1:] == [0.0, 0.0]
     assert rewards[1] == []
     assert scores[0]["calls"] == scores[1]["calls"] == 0
+
+
+@pytest.mark.slow
+def test_the_example_warms_a_model_up_saves_it_and_trains_it(tmp_path, monkeypatch, capsys):
+    place = Path(__file__).parents[2] / "examples" / "trl_tools.py"
+    example = importlib.util.module_from_spec(
+        found := importlib.util.spec_from_file_location("trl_tools_example", place)
+    )
+    found.loader.exec_module(example)
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        if name != "smollm2":
+            return load_policy(name)
+        model = tiny_model(tokenizer := tiny_tokenizer())
+        model.config.max_position_embeddings = 16384
+        return model, tokenizer
+
+    monkeypatch.setattr(example, "load_policy", load)
+    quick = {"use_cpu": True, "bf16": False, "max_completion_length": 30}
+    monkeypatch.setattr(example, "GRPOConfig", lambda **given: trl.GRPOConfig(**given | quick))
+    for _ in range(2):  # the second time from the warm model that is there
+        example.main(tmp_path, updates=2, lessons=1, steps=1, group_size=2)
+    assert asked == ["smollm2", *[str(tmp_path / "warm")] * 2]
+    said = capsys.readouterr().out
+    assert said.count("nats a token") == 2
+    assert said.count("tools/call_frequency") == 2
+    trained = load_policy(str(tmp_path / "trained"))[1]
+    assert trained.chat_template == example.qwen2_5_chat_template
 
 
 @pytest.mark.slow

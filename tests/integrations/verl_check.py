@@ -277,9 +277,12 @@ async def silent(request_id, prompt_ids, sampling_params):
     return TokenOutput(token_ids=[], log_probs=[])
 
 
+PLUGIN = "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES"
 TURN_PPO_RUN = (
+    f"{PLUGIN}=normkit.integrations.verl_turn_gae",
     "algorithm.adv_estimator=gae",
     "algorithm.gamma=1.0",
+    "algorithm.lam=0.95",
     f"actor_rollout_ref.actor.policy_loss.loss_mode={TURN_PPO}",
     "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
 )
@@ -303,6 +306,7 @@ def compose(example):
         for one, with_critic in ((config, False), (turn_ppo, True)):
             assert need_critic(one) == with_critic
             validate_config(one, need_reference_policy(one), with_critic)
+        assert OmegaConf.select(config, PLUGIN) == "normkit.integrations.verl_plugin"
         assert omega_conf_to_dataclass(turn_ppo.critic).loss_agg_mode == "seq-mean-token-mean"
     assert config.algorithm.adv_estimator in REGISTERED
     assert config.trainer.use_v1

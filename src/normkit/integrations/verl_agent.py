@@ -129,7 +129,8 @@ class WorldAgentLoop(AgentLoopBase):  # type: ignore[misc]
         if not rewards:
             raise NormkitError(f"verl: its server gave up before the first reply of {task!r}")
         # What a world pays earlier turns may change up to the last (normkit.rl.dialogue.settle).
-        rewards = list(step.info.get("turn_rewards", rewards))
+        final = step.info.get("turn_rewards", ())
+        rewards[: len(final)] = final
         scores = await self.world.call(lambda world: world.score(session))
         return TurnOutput(
             prompt_ids=prompt,
