@@ -227,13 +227,36 @@ def test_verify_keeps_its_measured_findings(tmp_path, monkeypatch):
     assert [row["measured"] for row in again] == ["2.0", "5.0"]
 
 
-def test_importing_normkit_needs_no_extra():
-    extras = ("transformers", "accelerate", "peft", "httpx", "yaml", "matplotlib", "sklearn")
-    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in extras)
-    code = (
-        f"import sys; {blocked}; import normkit, normkit.cli, normkit.functional.moments, "
-        "normkit.rl.advantage, normkit.rl.loss, normkit.rl.judges; "
-        "sys.exit(normkit.cli.main(['list', '--json']))"
+_WITHOUT_EXTRAS = """
+import importlib, pkgutil, sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+import normkit, normkit.cli
+from normkit.errors import MissingDependencyError
+for module in pkgutil.walk_packages(normkit.__path__, "normkit."):
+    try:
+        importlib.import_module(module.name)
+    except MissingDependencyError as error:
+        print(module.name, str(error).partition("pip install ")[2])
+sys.exit(normkit.cli.main(["run", "mapo", "--world", "tabular", "--dry-run"]))
+"""
+
+
+def test_without_extras_modules_import_or_name_theirs():
+    extras = (
+        "accelerate bm25s datasets gguf httpx jinja2 matplotlib onnx onnxruntime onnxscript peft "
+        "pyspiel scipy sklearn tenacity tokenizers transformers trl yaml"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_EXTRAS, extras.replace(" ", ",")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert last == "mapo: the options are fine"
+    missing = dict(line.split(" ", 1) for line in lines)
+    assert missing["normkit.rl.trainer"] == "'normkit[rl]'"
+    needy = ("commands.evaluate", "integrations.", "recipes._", "rl.")
+    assert all(name.removeprefix("normkit.").startswith(needy) for name in missing)
