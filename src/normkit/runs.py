@@ -55,7 +55,11 @@ def leave(code: int) -> NoReturn:
 
 
 def new_run_folder(root: str | Path, slug: str) -> Path:
-    """Make and return ``root/slug/<time>``, a folder that did not exist before."""
+    """Make and return ``root/slug/<time>``, a folder that did not exist before.
+
+    Raises:
+        InputError: where a thousand runs began in this second.
+    """
     base = Path(root) / slug
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1000):

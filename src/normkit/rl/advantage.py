@@ -246,7 +246,22 @@ def diagnose(
     mask: Tensor | None = None,
     gamma: float = 0.85,
 ) -> Diagnosis:
-    """Describe how far a batch supports turn-level normalization (arguments: :func:`estimate`)."""
+    """Describe how far a batch supports turn-level normalization.
+
+    Args:
+        reward: reward of each turn ``[N]``, NaN where unknown.
+        dialogue: its dialogue ``[N]``.
+        turn: its place in the dialogue ``[N]``.
+        group: its group ``[N]``.
+        mask: turns to look at ``[N]``; None for all.
+        gamma: discount per turn.
+
+    Returns:
+        The figures; all 0 where no reward is known.
+
+    Raises:
+        InputError: as :func:`estimate`.
+    """
     rows = (reward, dialogue, turn, group)
     turns = Turns.from_rows(*(rows if mask is None else (x[mask] for x in rows)))
     known = torch.isfinite(turns.reward) if turns.known is None else turns.known

@@ -446,6 +446,13 @@ def epm_q_case(trajectory: Trajectory, include_initial: bool = True) -> EPMQ:
     A dialogue without turns scores as one that changed nothing. A path that ends where it began
     has infinite tortuosity and thus ``tau`` 0 (EMPA's code divides nothing there and gives 100; no
     published dialogue is one). A user who lacked nothing counts as at distance 1.
+
+    Args:
+        trajectory: the dialogue's path.
+        include_initial: whether the beginning counts as a point of the path.
+
+    Raises:
+        InputError: where an increment does not come from a rubric.
     """
     turns = trajectory.turns
     for turn in turns:
