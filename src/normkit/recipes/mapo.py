@@ -77,7 +77,7 @@ class Config:
         lora_rank: rank of LoRA adapters; 0 trains all weights.
         kl: weight of the KL divergence to the initial model.
         mini_batches: updates per batch of dialogues.
-        micro_batch_tokens: padded tokens per forward pass; bounds memory.
+        micro_batch_tokens: tokens per forward pass; bounds memory.
         recompute: compute activations again in the backward pass; less memory, more time.
         evaluate_every: steps between evaluations on the held-out scenarios; 0 for none. The best
             checkpoint is kept in the run's folder best/.

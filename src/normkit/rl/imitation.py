@@ -18,7 +18,7 @@ from normkit.rl.checkpoint import trainable
 from normkit.rl.dialogue import Dialogue, Segment, Turn, micro_batches, pack
 from normkit.rl.environment import Environment, Reply, S
 from normkit.rl.models import resolve_dtype
-from normkit.rl.policy import collate, token_logprobs
+from normkit.rl.policy import collate, takes_trees, token_logprobs
 
 
 def write_dialogues(
@@ -87,7 +87,7 @@ def imitate(
         updates: number of updates; the first tenth warms the rate up.
         batch: dialogues of an update.
         learning_rate: of Adam.
-        micro_batch_tokens: padded tokens of one forward pass; bounds memory.
+        micro_batch_tokens: tokens of one forward pass; bounds memory.
         seed: of the order.
         report: called after every update with its number and loss.
 
@@ -112,7 +112,7 @@ def imitate(
         rows = pack([dialogues[i] for i in chosen])
         count = sum(int((row.turn_row >= 0).sum()) for row in rows)
         total = 0.0
-        for members in micro_batches(rows, micro_batch_tokens):
+        for members in micro_batches(rows, micro_batch_tokens, trees=takes_trees(model)):
             part = collate([rows[i] for i in members], device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 logprob, _ = token_logprobs(model, part)

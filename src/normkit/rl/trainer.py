@@ -71,15 +71,15 @@ class Trainer:
 
         self.engine = Engine()
         torch.manual_seed(self.config.seed)
-        self.rollout_config = rollout or RolloutConfig()
+        rollout = rollout or RolloutConfig()
         self.learner = PolicyUpdate(
             model,
             self.engine,
             self.config,
             loss or PolicyLossConfig(),
-            self.rollout_config.temperature,
+            rollout.temperature,
         )
-        self.rollout = Rollout(self.model, tokenizer, self.rollout_config)
+        self.rollout = Rollout(self.model, tokenizer, rollout)
 
     @property
     def model(self) -> Any:
@@ -195,7 +195,7 @@ class Trainer:
             for repeat in range(repeats)
             for task in evaluation_tasks(self.environment, split, seed, repeat)
         ]
-        speech = replace(self.rollout_config, greedy=greedy)
+        speech = replace(self.rollout.config, greedy=greedy)
         return self.rollout.with_config(speech).run(self.environment, tasks)
 
     def update(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
