@@ -96,20 +96,20 @@ class Config:
     method: str = "st-ppo"
     corpus: str = "land"
     questions: Path | None = None
-    hops: tuple[int, ...] = (1, 2)
+    hops: tuple[int, ...] = (1,)
     reward: Literal["em", "f1"] = "em"
     bonus: float = 0.0
-    warm_start: int = 16
+    warm_start: int = 12
     steps: int = 8
-    groups: int = 4
+    groups: int = 12
     group_size: int = 4
-    mini_batches: int = 4
+    mini_batches: int = 3
     epochs: int = 1
     max_turns: int = 4
     max_new_tokens: int = 40
     learning_rate: float = 2e-5
     lora_rank: int = 0
-    heldout: int = 24
+    heldout: int = 40
     seed: int = 0
 
     @property
