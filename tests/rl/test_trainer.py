@@ -125,6 +125,20 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
             assert len(b) == 1 or len(b) * max(len(rows[i].token_ids) for i in b) <= budget
 
 
+def test_micro_batches_as_trees_bring_together_what_begins_alike():
+    beginnings = [torch.full((40,), number) for number in range(3)]
+    rows = []
+    for i in range(12):
+        ids = torch.cat([beginnings[i % 3], torch.arange(i, 2 * i + 10)])
+        rows.append(PackedRow(ids, torch.zeros(len(ids)), torch.zeros(len(ids))))
+    batches = micro_batches(rows, 150, trees=True)
+    assert sorted(map(sorted, batches)) == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert len(micro_batches(rows, 150)) == 6
+    # Attention sees the padded rows: they stay within twice the budget.
+    alike = [PackedRow(torch.zeros(50), torch.zeros(50), torch.zeros(50))] * 9
+    assert [len(b) for b in micro_batches(alike, 100, trees=True)] == [4, 4, 1]
+
+
 def test_micro_batches_do_not_separate_the_rows_of_a_unit():
     rows = [PackedRow(torch.zeros(n), torch.zeros(n), torch.zeros(n)) for n in (5, 9, 2, 7, 3)]
     unit = [0, 1, 0, 2, 2]
