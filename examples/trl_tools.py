@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import tyro
 from trl import GRPOConfig
 from trl.chat_template_utils import qwen2_5_chat_template
@@ -95,6 +96,7 @@ def main(
         logging_steps=1,
         save_strategy="no",
         report_to="none",
+        use_cpu=not torch.cuda.is_available(),
     )
     trainer = TurnAdvantageTrainer(
         model, args=args, estimator="matchtir", processing_class=tokenizer, **tool_calling(world)
