@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,10 @@ def training_curves(
             turns.plot(steps, values, label=f"turn {t + 1}", alpha=0.85)
         turns.set(title="reward by turn", xlabel="step", ylabel="reward")
         if length:
-            turns.legend(fontsize=8)
+            low, high = turns.get_ylim()
+            room = 0.1 * math.ceil(length / 4)  # for the lines of the legend
+            turns.set_ylim(low, high + room * (high - low))
+            turns.legend(fontsize=7, ncols=4, loc="upper center", frameon=False)
         health.plot(steps, [row.get("grad_norm") for row in rows], label="gradient norm")
         health.plot(steps, [row.get("truncated") for row in rows], label="share cut at the limit")
         health.set(title="updates", xlabel="step")
