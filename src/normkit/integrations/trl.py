@@ -355,6 +355,14 @@ def dialogue_reward(
     """TRL's reward of a dialogue, for its logs: the sum of its turns' known rewards.
 
     The world's score is logged beside it as "score".
+
+    Args:
+        turn_rewards: rewards of each dialogue's turns; NaN for unknown.
+        scores: the world's score of each dialogue.
+        log_metric: TRL's function that logs a number under a name.
+
+    Returns:
+        The sum for each dialogue; None for one without a known reward.
     """
     known = [[r for r in row if math.isfinite(r)] for row in turn_rewards]
     log_metric("score", finite_mean(scores))

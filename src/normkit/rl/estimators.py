@@ -78,6 +78,9 @@ def mapo(
 
     Returns:
         Advantages ``[N]``.
+
+    Raises:
+        InputError: for a ``baseline`` or a ``batch_scope`` that does not exist.
     """
     by_turn = turn_normalize(turns.returns(gamma), turns, ddof, eps, baseline, scale)
     by_batch = batch_normalize(turns.reward, turns, batch_scope, ddof, eps, scale)
@@ -93,7 +96,24 @@ def turn(
     eps: float = 1e-8,
     scale: bool = True,
 ) -> Tensor:
-    """Turn-level normalization alone: MAPO with ``alpha = 1`` (MAPO's notes: v4)."""
+    """Turn-level normalization alone: MAPO with ``alpha = 1`` (MAPO's notes: v4).
+
+    ``A = z(R_t)`` over the dialogues of the group at the same turn index.
+
+    Args:
+        turns: the rows.
+        gamma: discount per turn.
+        baseline: see :func:`turn_normalize`.
+        ddof: subtracted from the count in the variance.
+        eps: added to the deviation.
+        scale: False centers only.
+
+    Returns:
+        Advantages ``[N]``.
+
+    Raises:
+        InputError: for a ``baseline`` that does not exist.
+    """
     return turn_normalize(turns.returns(gamma), turns, ddof, eps, baseline, scale)
 
 
@@ -105,7 +125,23 @@ def batch(
     eps: float = 1e-8,
     scale: bool = True,
 ) -> Tensor:
-    """Batch-level normalization of the immediate rewards alone: MAPO with ``alpha = 0``."""
+    """Batch-level normalization of the immediate rewards alone: MAPO with ``alpha = 0``.
+
+    ``A = z(r_t)`` over all turns of the pool.
+
+    Args:
+        turns: the rows.
+        batch_scope: pool over the "group" or over the "batch".
+        ddof: subtracted from the count in the variance.
+        eps: added to the deviation.
+        scale: False centers only.
+
+    Returns:
+        Advantages ``[N]``.
+
+    Raises:
+        InputError: where ``batch_scope`` is neither.
+    """
     return batch_normalize(turns.reward, turns, batch_scope, ddof, eps, scale)
 
 
@@ -118,7 +154,24 @@ def batch_returns(
     eps: float = 1e-8,
     scale: bool = True,
 ) -> Tensor:
-    """Batch-level normalization of the returns: what MAPO reports as unstable (its notes: v2)."""
+    """Batch-level normalization of the returns: what MAPO reports as unstable (its notes: v2).
+
+    ``A = z(R_t)`` over all turns of the pool.
+
+    Args:
+        turns: the rows.
+        gamma: discount per turn.
+        batch_scope: pool over the "group" or over the "batch".
+        ddof: subtracted from the count in the variance.
+        eps: added to the deviation.
+        scale: False centers only.
+
+    Returns:
+        Advantages ``[N]``.
+
+    Raises:
+        InputError: where ``batch_scope`` is neither.
+    """
     return batch_normalize(turns.returns(gamma), turns, batch_scope, ddof, eps, scale)
 
 
@@ -147,7 +200,17 @@ def rloo(turns: Turns) -> Tensor:
 
 
 def reinforce(turns: Turns, *, gamma: float = 1.0) -> Tensor:
-    """REINFORCE without a baseline: the return itself (MAPO's notes: v3)."""
+    """REINFORCE without a baseline: the return itself (MAPO's notes: v3).
+
+    ``A = sum_{s>=t} gamma^(s-t) r_s``.
+
+    Args:
+        turns: the rows.
+        gamma: discount per turn.
+
+    Returns:
+        Advantages ``[N]``.
+    """
     return turns.returns(gamma)
 
 
@@ -204,6 +267,9 @@ def gigpo(
 
     Returns:
         Advantages ``[N]``.
+
+    Raises:
+        InputError: where ``anchor`` is not int64 ``[N]``, or negative.
     """
     cell = turns.cell
     if anchor is not None:
@@ -232,6 +298,9 @@ def ppo(
 
     Returns:
         Advantages ``[N]``.
+
+    Raises:
+        InputError: where ``value`` is not finite.
     """
     if not bool(torch.isfinite(value).all()):
         raise InputError("value must be finite for every turn that happened")
@@ -240,12 +309,30 @@ def ppo(
 
 
 def grpo_turn(turns: Turns, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """Z-score of the turn's own reward over its group and turn (MAPO's notes: grpo_multiturn)."""
+    """Z-score of the turn's own reward over its group and turn (MAPO's notes: grpo_multiturn).
+
+    Args:
+        turns: the rows.
+        ddof: subtracted from the count in the variance.
+        eps: added to the deviation.
+
+    Returns:
+        Advantages ``[N]``.
+    """
     return turn_normalize(turns.reward, turns, ddof, eps)
 
 
 def turn_baseline(turns: Turns, *, gamma: float = 0.85, eps: float = 1e-8) -> Tensor:
-    """Return minus its turn's mean, whitened over the batch (MAPO's notes: multiturn_baseline)."""
+    """Return minus its turn's mean, whitened over the batch (MAPO's notes: multiturn_baseline).
+
+    Args:
+        turns: the rows.
+        gamma: discount per turn.
+        eps: added to the deviation over the batch.
+
+    Returns:
+        Advantages ``[N]``.
+    """
     centered = turn_normalize(turns.returns(gamma), turns, scale=False)
     return batch_normalize(centered, turns, "batch", 0, eps)
 
@@ -285,6 +372,9 @@ def mars(
 
     Returns:
         Advantages ``[N]``.
+
+    Raises:
+        InputError: where ``batch_scope`` is neither, or ``tokens`` does not fit the rows.
     """
     advantage = batch_normalize(turns.returns(gamma), turns, batch_scope, ddof, eps, scale)
     return advantage if tokens is None else _whiten_tokens(advantage, turns, tokens)
@@ -318,6 +408,9 @@ def matchtir(
 
     Returns:
         Advantages ``[N]``.
+
+    Raises:
+        InputError: where ``singleton`` is neither.
     """
     if singleton not in ("zero", "raw"):
         raise InputError(f"singleton must be zero or raw, got {singleton!r}")

@@ -93,6 +93,9 @@ def imitate(
 
     Returns:
         Loss of each update, in nats a token.
+
+    Raises:
+        InputError: without dialogues, for fewer than 0 updates, or for a batch below 1.
     """
     if updates < 0 or batch < 1:
         raise InputError(f"updates must be at least 0 and batch at least 1, got {updates}, {batch}")

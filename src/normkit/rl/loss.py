@@ -91,6 +91,9 @@ def kl_estimate(logprob: Tensor, reference: Tensor, kind: KL = "k3") -> Tensor:
 
     Returns:
         ``[M]``, in nats.
+
+    Raises:
+        InputError: for a ``kind`` that does not exist.
     """
     d = reference - logprob
     if kind == "k1":

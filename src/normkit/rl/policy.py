@@ -65,7 +65,18 @@ class TokenBatch:
 
 
 def collate(rows: Sequence[PackedRow], device: torch.device | str = "cpu") -> TokenBatch:
-    """Right-pad rows into one batch (the padding token is irrelevant: it is masked everywhere)."""
+    """Right-pad rows into one batch (the padding token is irrelevant: it is masked everywhere).
+
+    Args:
+        rows: B packed rows; of their tokens M are sampled in all.
+        device: where the batch goes.
+
+    Returns:
+        Tokens ``[B, T]``, and for the M sampled ones where they stand and their log-probabilities.
+
+    Raises:
+        InputError: where a sampled token is the first of its row: nothing predicts it.
+    """
     pad = nn.utils.rnn.pad_sequence
     input_ids = pad([row.token_ids for row in rows], batch_first=True)
     turn_row = pad([row.turn_row for row in rows], batch_first=True, padding_value=-1)

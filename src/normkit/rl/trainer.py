@@ -164,7 +164,11 @@ class Trainer:
                 self.engine.wait()
 
     def schedule(self, step: int) -> list[tuple[str, int, int]]:
-        """Tasks of a step as ``(task, group, seed)``: shuffled passes over the training tasks."""
+        """Tasks of a step as ``(task, group, seed)``: shuffled passes over the training tasks.
+
+        Raises:
+            InputError: where the world has no training tasks.
+        """
         names = list(self.environment.tasks("train"))
         if not names:
             raise InputError("environment: it has no training tasks")

@@ -195,6 +195,9 @@ def batch_normalize(
 
     Returns:
         ``[N]``.
+
+    Raises:
+        InputError: where ``scope`` is neither.
     """
     if scope not in ("group", "batch"):
         raise InputError(f"batch_scope must be group or batch, got {scope!r}")
@@ -224,6 +227,9 @@ def normalize_rows(
 
     Returns:
         ``[N]``; 0 in constant segments and in segments of one, arbitrary where not known.
+
+    Raises:
+        InputError: where ``baseline`` is neither "mean" nor "loo".
     """
     if baseline not in ("mean", "loo"):
         raise InputError(f"baseline must be mean or loo, got {baseline!r}")

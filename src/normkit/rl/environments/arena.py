@@ -85,18 +85,30 @@ class Arena(GameWorld):
         }
 
     def tasks(self, split: Split) -> Sequence[str]:
-        """The pairings of a split, as text."""
+        """The pairings of a split, as text.
+
+        Raises:
+            InputError: for a split that does not exist.
+        """
         if split not in self._pairings:
             raise InputError(f"split must be train or heldout, got {split!r}")
         return self._pairings[split]
 
     def start_seats(self, task: str, seed: int) -> list[GameSession]:
-        """Deal a pairing's game."""
+        """Deal a pairing's game.
+
+        Raises:
+            InputError: where there is no such pairing.
+        """
         game, world = self._world(task)
         return world.start_seats(game, seed)
 
     def start(self, task: str, seed: int) -> GameSession:
-        """Deal a pairing's game to a model in one seat (:meth:`GameWorld.start`)."""
+        """Deal a pairing's game to a model in one seat (:meth:`GameWorld.start`).
+
+        Raises:
+            InputError: where there is no such pairing.
+        """
         game, world = self._world(task)
         return world.start(game, seed)
 

@@ -197,13 +197,21 @@ class EmpathyEnvironment:
         return self.config.epm.max_turns
 
     def tasks(self, split: Split) -> Sequence[str]:
-        """Names of the scenarios of a split."""
+        """Names of the scenarios of a split.
+
+        Raises:
+            InputError: for a split that does not exist.
+        """
         if split not in self._splits:
             raise InputError(f"split must be train or heldout, got {split!r}")
         return list(self._splits[split])
 
     def start(self, task: str, seed: int) -> EmpathySession:
-        """Open a session with the person of a scenario."""
+        """Open a session with the person of a scenario.
+
+        Raises:
+            InputError: where there is no such scenario.
+        """
         if task not in self._scenarios:
             raise InputError(f"task: there is no scenario {task!r}")
         scenario = self._scenarios[task]

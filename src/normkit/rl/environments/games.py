@@ -124,7 +124,11 @@ class OpenSpielText:
         return found[0] if len(found) == 1 else None
 
     def apply(self, action: int) -> None:
-        """Make a legal move, and let chance follow."""
+        """Make a legal move, and let chance follow.
+
+        Raises:
+            InputError: where the move is not legal.
+        """
         if action not in self.state.legal_actions():
             raise InputError(f"action must be one of {self.state.legal_actions()}, got {action}")
         self._follow(action)
@@ -288,7 +292,11 @@ class GameWorld:
         return self._longest
 
     def tasks(self, split: Split) -> Sequence[str]:
-        """Names of the games of a split."""
+        """Names of the games of a split.
+
+        Raises:
+            InputError: for a split that does not exist.
+        """
         if split not in self._splits:
             raise InputError(f"split must be train or heldout, got {split!r}")
         return self._splits[split]
@@ -298,7 +306,11 @@ class GameWorld:
         return session.seat
 
     def start_seats(self, task: str, seed: int) -> list[GameSession]:
-        """Deal a game; the same name and seed give the same cards and the same opponent."""
+        """Deal a game; the same name and seed give the same cards and the same opponent.
+
+        Raises:
+            InputError: where there is no such game.
+        """
         if not any(task in games for games in self._splits.values()):
             raise InputError(f"task: there is no game {task!r} in this world")
         text = OpenSpielText(task, seed, self.config)
@@ -379,7 +391,12 @@ class GameWorld:
         return session
 
     def step(self, sessions: Sequence[GameSession], replies: Sequence[Reply]) -> list[Step]:
-        """Answer one reply of each session against fixed players (:meth:`start`)."""
+        """Answer one reply of each session against fixed players (:meth:`start`).
+
+        Raises:
+            InputError: where sessions and replies do not fit together, or not just one seat of a
+                game is the policy's.
+        """
         check_paired(sessions, replies)
         if any(session.match.players.count(None) != 1 for session in sessions):
             raise InputError(_SELF_PLAY)

@@ -182,13 +182,21 @@ class SearchWorld:
         return self.config.max_turns
 
     def tasks(self, split: Split) -> Sequence[str]:
-        """Ids of the questions of a split."""
+        """Ids of the questions of a split.
+
+        Raises:
+            InputError: for a split that does not exist.
+        """
         if split not in self._splits:
             raise InputError(f"split must be train or heldout, got {split!r}")
         return self._splits[split]
 
     def start(self, task: str, seed: int) -> SearchSession:
-        """Ask a question; nothing in this world is random."""
+        """Ask a question; nothing in this world is random.
+
+        Raises:
+            InputError: where there is no such question.
+        """
         if task not in self.questions:
             raise InputError(f"task: there is no question {task!r}")
         return SearchSession(self.questions[task], _FORMAT)

@@ -130,13 +130,21 @@ class ToolWorld:
         return self.config.max_turns
 
     def tasks(self, split: Split) -> Sequence[str]:
-        """Names of the tasks of a split."""
+        """Names of the tasks of a split.
+
+        Raises:
+            InputError: for a split that does not exist.
+        """
         if split not in self._splits:
             raise InputError(f"split must be train or heldout, got {split!r}")
         return list(self._splits[split])
 
     def start(self, task: str, seed: int) -> ToolSession:
-        """Ask a task's question; nothing in this world is random."""
+        """Ask a task's question; nothing in this world is random.
+
+        Raises:
+            InputError: where there is no such task.
+        """
         for tasks in self._splits.values():
             if task in tasks:
                 return ToolSession(tasks[task], self._system)

@@ -157,13 +157,27 @@ _ASKED: dict[Language, dict[str, str]] = {
 
 
 def item_orders(item: Item, seed: int, repeat: int) -> tuple[tuple[int, ...], ...]:
-    """Return the order in which each question of an item shows its choices in a repeat."""
+    """Return the order in which each question of an item shows its choices in a repeat.
+
+    Args:
+        item: the row.
+        seed: of all orders; an item's own depend on its name too, not on its place in a list.
+        repeat: which asking.
+
+    Returns:
+        For each question the indices of its choices as they are shown.
+    """
     name = f"{seed} {item.task} {item.language} {item.qid} {repeat}"
     return tuple(question.shuffled(f"{name} {question.key}") for question in item.questions)
 
 
 def item_messages(item: Item, orders: Sequence[Sequence[int]]) -> list[Message]:
-    """Return the conversation that asks all questions of an item, answered by letters as JSON."""
+    """Return the conversation that asks all questions of an item, answered by letters as JSON.
+
+    Args:
+        item: the row.
+        orders: the order in which each question shows its choices (:func:`item_orders`).
+    """
     words = _ASKED[item.language]
     asked = [
         f"{question.key}: {_posed(item, question, order)}"
@@ -175,7 +189,13 @@ def item_messages(item: Item, orders: Sequence[Sequence[int]]) -> list[Message]:
 
 
 def question_prompt(item: Item, question: Question, order: Sequence[int]) -> str:
-    """Return the prompt that asks one question of an item, answered by the words of a choice."""
+    """Return the prompt that asks one question of an item, answered by the words of a choice.
+
+    Args:
+        item: the row.
+        question: one of its questions.
+        order: the order in which it shows its choices.
+    """
     parts = [item.scenario, _posed(item, question, order), _ASKED[item.language]["text"]]
     return "\n\n".join(parts)
 
@@ -226,6 +246,16 @@ def ask_emobench(
 ) -> Outcome:
     """Let a model answer in words, every item ``repeats`` times with shuffled choices, and vote.
 
+    Args:
+        chat: the model.
+        items: the rows.
+        repeats: askings of an item, each in an order of its own.
+        seed: of the orders.
+        report: told how many answers have come, of how many.
+
+    Returns:
+        Accuracies of the voted answers, counts, notes, and a record per item.
+
     Raises:
         NormkitError: where the model answers nothing at all.
     """
@@ -253,6 +283,16 @@ def weigh_emobench(
 
     Every question is asked for itself with all its choices in view, and the texts of the choices
     are compared as answers.
+
+    Args:
+        scorer: the model.
+        items: the rows.
+        repeats: askings of an item, each in an order of its own.
+        seed: of the orders.
+        report: told how many items have been weighed, of how many.
+
+    Returns:
+        As :func:`ask_emobench`.
     """
     read: list[Answers] = []
     for item in items:

@@ -162,7 +162,12 @@ def scaled_difference(d: float) -> float:
 
 
 def question_score(ratings: Mapping[str, float], reference: Mapping[str, float]) -> float:
-    """Score of one answer in percent; not floored at 0."""
+    """Score of one answer in percent; not floored at 0.
+
+    Args:
+        ratings: the model's rating of each emotion.
+        reference: the reference's, over the same names.
+    """
     total = sum(scaled_difference(abs(ratings[name] - reference[name])) for name in reference)
     return 10 * (10 - _ADJUSTMENT * total)
 
@@ -206,6 +211,14 @@ def _known(values: Mapping[str, float]) -> list[float]:
 
 def ask_eqbench(chat: ChatModel, items: Sequence[Item], report: Report | None = None) -> Outcome:
     """Let a model answer every question once and score it.
+
+    Args:
+        chat: the model.
+        items: the questions.
+        report: told how many answers have come, of how many.
+
+    Returns:
+        The scores of :func:`score_eqbench`, counts, notes, and a record per question.
 
     Raises:
         NormkitError: where the model answers nothing at all.

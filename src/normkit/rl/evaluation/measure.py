@@ -63,6 +63,11 @@ def complete_all(
 ) -> list[str | Failed]:
     """Ask a model for the answer to every conversation, and report how far it is.
 
+    Args:
+        chat: the model.
+        conversations: what to answer, each ending with the user's message.
+        report: told how many answers have come, of how many.
+
     Returns:
         The answer, or the failure with its reason, per conversation, in order.
 

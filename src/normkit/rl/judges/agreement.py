@@ -58,7 +58,14 @@ class Agreement:
 def agreement(
     labelled: Sequence[Labelled], verdicts: Sequence[Progress], axis: Axis, kind: Kind
 ) -> Agreement:
-    """Compare verdicts with labels on one axis."""
+    """Compare verdicts with labels on one axis.
+
+    Args:
+        labelled: replies with their labels.
+        verdicts: a judge's verdict on each.
+        axis: the axis.
+        kind: progress or setback.
+    """
     a, b = _levels([item.label for item in labelled], axis, kind), _levels(verdicts, axis, kind)
     return Agreement(
         exact=float((a == b).mean()),
@@ -71,7 +78,7 @@ def agreement(
 def kappa_interval(
     labelled: Sequence[Labelled], verdicts: Sequence[Progress], axis: Axis, kind: Kind
 ) -> tuple[float, float]:
-    """95% bootstrap interval of the weighted kappa over scenarios."""
+    """95% bootstrap interval of the weighted kappa over scenarios (:func:`agreement`)."""
     a, b = _levels([item.label for item in labelled], axis, kind), _levels(verdicts, axis, kind)
     return _interval(labelled, lambda rows: quadratic_kappa(a[rows], b[rows]))
 
