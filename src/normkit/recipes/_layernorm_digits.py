@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from normkit.errors import InputError, MissingDependencyError, check_least
 from normkit.nn import LNLSTM
 from normkit.recipes._trials import check_rates
-from normkit.recipes.base import Claim, Finding, verdict_of
+from normkit.recipes.base import Claim, Finding, check_numbers, verdict_of
 from normkit.statistics import Interval, bootstrap_interval
 
 NETS = ("LSTM", "LN-LSTM")
@@ -64,6 +64,7 @@ class Config:
         check_rates("rates", self.rates)
         if not self.loss > 0:
             raise InputError(f"loss must be positive, got {self.loss}")
+        check_numbers(self)
 
     def trainings(self) -> list[tuple[str, float, int]]:
         """Net, rate and seed of every training."""

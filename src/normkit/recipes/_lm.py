@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from normkit.errors import InputError, check_least
 from normkit.nn import LayerNorm, PowerNorm, UnifiedNorm
 from normkit.nn.residual import Placement, Transformer
 from normkit.recipes._trials import check_rates
+from normkit.recipes.base import check_numbers
 
 NORMS = ("layer", "batch", "power", "unified")
 COLORS = dict(zip(NORMS, ("tab:grey", "tab:red", "tab:green", "tab:blue"), strict=True))
@@ -73,10 +75,9 @@ class Training:
         Raises:
             InputError: names the flag.
         """
-        check_least(self, 1, "steps", "seeds", "layers", "batch", "length", "every")
+        check_model(self)
         if self.steps < self.every:
             raise InputError(f"steps must be at least every = {self.every}, got {self.steps}")
-        check_rates("rates", self.rates)
 
     def trainings(self, norms: Sequence[str]) -> list[tuple[str, float, int]]:
         """Norm, rate and seed of every training."""
@@ -97,6 +98,22 @@ class Training:
             "unified": partial(UnifiedNorm, warmup=self.warmup),
         }
         return made[name]
+
+
+def check_model(config: Any) -> None:
+    """Check the sizes and trainings of a recipe that trains :class:`LanguageModel`.
+
+    Raises:
+        InputError: names the flag.
+    """
+    counts = ("seeds", "steps", "layers", "dim", "heads", "batch", "length", "every")
+    check_least(config, 1, *counts)
+    if config.dim % config.heads:
+        raise InputError(f"heads must divide dim {config.dim}, got {config.heads}")
+    if config.length >= (held_out := len(corpus()[1])):
+        raise InputError(f"length must be below {held_out}, the text's, got {config.length}")
+    check_rates("rates", config.rates)
+    check_numbers(config)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from torch.nn import functional as F
 
 from normkit.data.text import VOCABULARY, corpus, windows
 from normkit.diagnostics import Monitor, gradient_norms, spikes
-from normkit.errors import InputError, check_least
+from normkit.errors import InputError
 from normkit.nn.residual import PLACEMENTS, Placement
-from normkit.recipes._lm import LanguageModel, Training
-from normkit.recipes._trials import check_rates
+from normkit.recipes._lm import LanguageModel, Training, check_model
 from normkit.recipes.base import Finding, verdict_of
 from normkit.statistics import Interval, bootstrap_interval
 
@@ -67,12 +66,9 @@ class Config:
         Raises:
             InputError: names the flag.
         """
-        check_least(self, 1, "seeds", "steps", "layers", "dim", "heads", "batch", "length", "every")
-        if self.dim % self.heads:
-            raise InputError(f"heads must divide dim {self.dim}, got {self.heads}")
+        check_model(self)
         if not self.placements or len(set(self.placements)) < len(self.placements):
             raise InputError(f"placements must be one or more, each once, got {self.placements}")
-        check_rates("rates", self.rates)
 
     def trainings(self) -> list[tuple[Placement, float, int]]:
         """Placement, rate and seed of every training."""

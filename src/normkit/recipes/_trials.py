@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -65,8 +66,8 @@ def check_rates(name: str, rates: Sequence[float]) -> None:
     Raises:
         InputError: names the option.
     """
-    if not rates or not all(rate > 0 for rate in rates):
-        raise InputError(f"{name} must be above 0, at least one, got {rates}")
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise InputError(f"{name} must be above 0 and finite, at least one, got {rates}")
 
 
 def best_rate(rates: Sequence[float], score: Tensor) -> float:

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 
+from normkit.errors import InputError
 from normkit.report.page import write_report
 from normkit.runs import RunLogger
 from normkit.statistics import Interval
 
 Kind = Literal["exact", "structural", "measured"]
 Verdict = Literal["holds", "not shown", "contradicted"]
+T = TypeVar("T")
+
+_MOST = 2**31 - 1
+"""Largest number that a flag may be; seeds and sizes beyond it overflow somewhere or other."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,46 @@ class System:
     run: Callable[[Any, Path], Mapping[str, Any]]
     claims: Sequence[Claim]
     aliases: Sequence[str] = ()
+
+
+def check_numbers(config: Any) -> None:
+    """Check that the numbers among a recipe's flags are finite, and its seed not negative.
+
+    It comes after what is known of each flag, and speaks of the rest.
+
+    Args:
+        config: the configuration, a dataclass of numbers, tuples of them and other things.
+
+    Raises:
+        InputError: names the flag.
+    """
+    for flag in fields(config):
+        value = getattr(config, flag.name)
+        least = 0 if flag.name == "seed" else -_MOST
+        for number in value if isinstance(value, tuple) else (value,):
+            # NaN fails every comparison, and so must fail here.
+            if isinstance(number, (int, float)) and not least <= number <= _MOST:
+                raise InputError(f"{flag.name} must be in {least}..{_MOST}, got {number}")
+
+
+def flags_of(kind: type[Any], config: Any) -> dict[str, Any]:
+    """The flags of a recipe that are options of a dataclass, by name."""
+    names = {option.name for option in fields(kind)}
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
+
+
+def from_flags(kind: type[T], config: Any, **others: Any) -> T:
+    """Make options of a recipe's flags of the same names.
+
+    Args:
+        kind: the dataclass of the options.
+        config: the recipe's configuration.
+        others: options whose values are not a flag of the same name.
+
+    Raises:
+        InputError: where an option is not what was expected.
+    """
+    return kind(**{**flags_of(kind, config), **others})
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from normkit.errors import InputError, check_least
 from normkit.nn import CRMSNorm, RMSNorm
 from normkit.recipes import _pre_rmsnorm_latency as timing
 from normkit.recipes import _pre_rmsnorm_models as models
-from normkit.recipes.base import Claim, Finding, System, finish, within
+from normkit.recipes.base import Claim, Finding, System, check_numbers, finish, within
 from normkit.runs import RunLogger
 from normkit.statistics import bootstrap_interval
 from normkit.surgery import recenter, stream_means
@@ -80,11 +80,13 @@ class Config:
         Raises:
             InputError: names the flag.
         """
-        check_least(self, 1, "layers", "heads", "vocab", "tokens", "patch", "images", "repeats")
+        check_least(self, 1, "layers", "heads", "vocab", "tokens", "image", "patch", "images")
+        check_least(self, 1, "repeats")
         if self.width < 2 or self.width % self.heads:
             raise InputError(f"width must be a multiple of heads {self.heads}, got {self.width}")
         if self.image % self.patch:
             raise InputError(f"image must be a multiple of patch {self.patch}, got {self.image}")
+        check_numbers(self)
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:
