@@ -117,7 +117,7 @@ def test_seats_are_compared_apart_or_pooled(trainer, advantage):
 
 def test_warm_up_and_adapters_exclude_each_other(config, tmp_path):
     with pytest.raises(InputError, match="warm_up"):
-        run_language(replace(config, lora_rank=4), tmp_path)
+        run(replace(config, lora_rank=4), tmp_path)
     results = run_language(
         replace(config, lora_rank=4, warm_up=0, steps=1, evaluation_games=1), tmp_path
     )

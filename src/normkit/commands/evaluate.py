@@ -217,7 +217,7 @@ def _tools(_: EvaluateOptions, max_turns: int) -> Environment[Any]:
 
 def _search(options: EvaluateOptions, max_turns: int) -> Environment[Any]:
     from normkit.data.searchable import open_world
-    from normkit.recipes._st_ppo_language import HITS
+    from normkit.recipes.st_ppo import HITS
     from normkit.rl.environments.search import SearchWorldConfig
 
     config = SearchWorldConfig(max_turns=max_turns, hits=HITS)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normkit.errors import InputError
 from normkit.recipes._language import Played, Study, conduct, open_run, progress, tell_lessons
 from normkit.report.plots import error_bars, figure
 from normkit.rl.chat_format import ChatFormat
@@ -25,10 +24,8 @@ from normkit.rl.environments.arena import Arena, pairings
 from normkit.rl.environments.game_policy import LanguagePolicy
 from normkit.rl.environments.games import GameSession, GameWorld
 from normkit.rl.imitation import imitate, write_dialogues
-from normkit.rl.rollout import RolloutConfig
 from normkit.rl.self_play import exploitability
 from normkit.rl.trainer import Trainer
-from normkit.rl.trainer_config import TrainerConfig
 from normkit.runs import read_json
 from normkit.statistics import Interval, bootstrap_interval
 
@@ -46,11 +43,6 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train a chat model by self-play; play it against fixed opponents before and after."""
     from normkit.rl.models import load_policy
 
-    if config.warm_up and config.lora_rank:
-        raise InputError("warm_up trains all weights; with lora_rank it must be 0")
-    # Bad options are named before a model is loaded and warmed up.
-    training = _trainer_config(config)
-    sampling = RolloutConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     world = GameWorld(config.games, heldout=())
     arena = Arena(pairings((*config.games, *config.heldout), config.opponents))
     labels = arena.tasks("train")
@@ -65,8 +57,8 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         model,
         tokenizer,
         world,
-        training,
-        sampling,
+        config.training,
+        config.speech,
         logger=logger,
         report=progress(console, "return"),
     )
@@ -82,19 +74,6 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         notes=["returns in the game's own points; an illegal move loses the stake"],
     )
     return conduct(trainer, folder, study, console)
-
-
-def _trainer_config(config: Config) -> TrainerConfig:
-    return TrainerConfig(
-        steps=config.steps,
-        # One group a game: turns are compared within a game and seat.
-        groups=len(config.games),
-        group_size=config.group_size,
-        estimator=config.estimator,
-        learning_rate=config.learning_rate,
-        lora_rank=config.lora_rank,
-        seed=config.seed,
-    )
 
 
 class _PooledTrainer(Trainer):

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normkit.recipes._language import Study, conduct, open_run, play_heldout, progress, teach
-from normkit.rl.environments.tools import ToolSession, ToolWorld, ToolWorldConfig
-from normkit.rl.rollout import RolloutConfig
-from normkit.rl.tool_rewards import MatchOptions
-from normkit.rl.trainer import Trainer, TrainerConfig
+from normkit.rl.environments.tools import ToolSession, ToolWorld
+from normkit.rl.trainer import Trainer
 
 if TYPE_CHECKING:
     from normkit.recipes.matchtir import Config
@@ -30,29 +28,15 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     from normkit.rl.models import load_policy
 
     logger, console = open_run(config, folder)
-    world = ToolWorld(
-        ToolWorldConfig(
-            max_turns=config.max_turns,
-            reward="outcome" if config.estimator == "grpo" else "matched",
-            matching=MatchOptions(config.matching, reg=config.reg),
-        )
-    )
+    world = ToolWorld(config.tools)
     with console.status(f"loading {config.model}"):
         model, tokenizer = load_policy(config.model)
     trainer = Trainer(
         model,
         tokenizer,
         world,
-        TrainerConfig(
-            steps=config.steps,
-            groups=config.groups,
-            group_size=config.group_size,
-            estimator=config.estimator,
-            learning_rate=config.learning_rate,
-            lora_rank=config.lora_rank,
-            seed=config.seed,
-        ),
-        RolloutConfig(max_new_tokens=config.max_new_tokens),
+        config.training,
+        config.speech,
         logger=logger,
         report=progress(console, "solve-F1"),
     )

@@ -24,9 +24,7 @@ from normkit.recipes._language import (
 )
 from normkit.report.plots import figure
 from normkit.rl.dialogue import Dialogue, finite_mean
-from normkit.rl.environments.search import SearchSession, SearchWorldConfig
-from normkit.rl.presets import preset
-from normkit.rl.rollout import RolloutConfig
+from normkit.rl.environments.search import SearchSession
 from normkit.rl.trainer import Trainer
 from normkit.runs import read_table
 
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
     from normkit.recipes.st_ppo import Config
 
 METRICS = ("score", "f1", "found", "answered", "searches", "repeated", "malformed")
-HITS = 2
-"""Passages that a search shows: prompts are what takes the time."""
 
 
 class SearchTrainer(Trainer):
@@ -51,29 +47,8 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train a chat model to search, scored on held-out questions before and after."""
     from normkit.rl.models import load_policy
 
-    options, loss = preset(
-        config.method,
-        steps=config.steps,
-        groups=config.groups,
-        group_size=config.group_size,
-        mini_batches=config.mini_batches,
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        lora_rank=config.lora_rank,
-        micro_batch_tokens=1024,
-        seed=config.seed,
-    )
-    world = open_world(
-        SearchWorldConfig(
-            max_turns=config.max_turns,
-            hits=HITS,
-            hops=config.hops,
-            reward=config.reward,
-            bonus=config.bonus,
-        ),
-        config.corpus,
-        config.questions,
-    )
+    training, loss = config.training
+    world = open_world(config.asked, config.corpus, config.questions)
     logger, console = open_run(config, folder)
     with console.status(f"loading {config.model}"):
         model, tokenizer = load_policy(config.model)
@@ -81,8 +56,8 @@ def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
         model,
         tokenizer,
         world,
-        options,
-        RolloutConfig(max_new_tokens=config.max_new_tokens),
+        training,
+        config.speech,
         loss,
         logger,
         progress(console, "exact match"),

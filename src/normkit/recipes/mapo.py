@@ -30,7 +30,7 @@ from normkit.files import check_new
 from normkit.recipes._mapo_claims import CLAIMS
 from normkit.recipes._mapo_heldout import MEASURED_LANGUAGE
 from normkit.recipes._mapo_measured import MEASURED
-from normkit.recipes.base import System
+from normkit.recipes.base import System, check_numbers, from_flags
 from normkit.rl.advantage import get_estimator
 from normkit.rl.environments.empa_cases import load_empa
 from normkit.rl.environments.empathy import EmpathyConfig, EmpathyEnvironment
@@ -140,6 +140,7 @@ class Config:
         _ = self.epm, self.training, self.loss  # check themselves
         if self.world == "empathy":
             _ = self.speech
+        check_numbers(self)
 
     @property
     def epm(self) -> EPMConfig:
@@ -149,21 +150,12 @@ class Config:
     @property
     def training(self) -> TrainerConfig:
         """Options of the trainer."""
-        return TrainerConfig(
-            steps=self.steps,
-            groups=self.groups,
-            group_size=self.group_size,
+        return from_flags(
+            TrainerConfig,
+            self,
             estimator=self.estimator,
             estimator_options=self.estimator_options,
-            learning_rate=self.learning_rate,
-            lora_rank=self.lora_rank,
-            mini_batches=self.mini_batches,
-            micro_batch_tokens=self.micro_batch_tokens,
             autocast=self.dtype,
-            recompute=self.recompute,
-            evaluate_every=self.evaluate_every,
-            checkpoint_every=self.checkpoint_every,
-            seed=self.seed,
         )
 
     @property
@@ -171,9 +163,7 @@ class Config:
         """How replies are generated."""
         from normkit.rl.rollout import RolloutConfig
 
-        return RolloutConfig(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, dtype=self.dtype
-        )
+        return from_flags(RolloutConfig, self)
 
     @property
     def loss(self) -> PolicyLossConfig:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from normkit.errors import InputError, check_least
 from normkit.recipes._mars_claims import CLAIMS
@@ -38,9 +38,13 @@ from normkit.recipes._mars_measured import (
 )
 from normkit.recipes._mars_tree import GAMES
 from normkit.recipes._trials import keep_each
-from normkit.recipes.base import Run, System
+from normkit.recipes.base import Run, System, check_numbers, from_flags
 from normkit.report.plots import error_bars, figure, interval_band
+from normkit.rl.trainer_config import TrainerConfig
 from normkit.statistics import bootstrap_interval
+
+if TYPE_CHECKING:
+    from normkit.rl.rollout import RolloutConfig
 
 Trials = Mapping[str, Mapping[str, Trial]]
 Qualities = Mapping[Setting, Mapping[Arm, Quality]]
@@ -127,6 +131,18 @@ class Config:
             self.hanabi_rates,
         )
 
+    @property
+    def training(self) -> TrainerConfig:
+        """Options of the trainer; one group a game: turns are compared within a game and seat."""
+        return from_flags(TrainerConfig, self, groups=len(self.games))
+
+    @property
+    def speech(self) -> RolloutConfig:
+        """How replies are generated."""
+        from normkit.rl.rollout import RolloutConfig
+
+        return from_flags(RolloutConfig, self)
+
     def validate(self) -> None:
         """Check what the types cannot say.
 
@@ -139,8 +155,14 @@ class Config:
             raise InputError("games must name at least one game")
         if len({*self.games, *self.heldout}) < len(self.games) + len(self.heldout):
             raise InputError("games and heldout must name no game twice")
-        check_least(self, 1, "steps", "group_size", "max_new_tokens", "evaluation_games")
+        check_least(self, 1, "evaluation_games")
         check_least(self, 0, "warm_up")
+        _ = self.training  # checks itself
+        if self.world == "language":
+            _ = self.speech
+            if self.warm_up and self.lora_rank:
+                raise InputError("warm_up trains all weights; with lora_rank it must be 0")
+        check_numbers(self)
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:

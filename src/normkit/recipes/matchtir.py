@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from normkit.errors import InputError, check_least
 from normkit.functional.matching import Method
@@ -38,9 +38,15 @@ from normkit.recipes._matchtir_measured import (
 )
 from normkit.recipes._matchtir_tabular import KINDS, SETTINGS
 from normkit.recipes._trials import ComparisonPlan, keep_each
-from normkit.recipes.base import Run, System, table
+from normkit.recipes.base import Run, System, check_numbers, from_flags, table
 from normkit.report.plots import error_bars, figure, interval_band
+from normkit.rl.environments.tools import ToolWorldConfig
+from normkit.rl.tool_rewards import MatchOptions
+from normkit.rl.trainer_config import TrainerConfig
 from normkit.statistics import bootstrap_interval
+
+if TYPE_CHECKING:
+    from normkit.rl.rollout import RolloutConfig
 
 METRICS = ("f1", "answer", "redundant", "wrong")
 COLORS = dict(
@@ -99,18 +105,42 @@ class Config:
         """What the tabular world compares."""
         return ComparisonPlan(self.seeds, self.tuning_seeds, self.updates, self.rates)
 
+    @property
+    def tools(self) -> ToolWorldConfig:
+        """Options of the world of the chat model."""
+        return from_flags(
+            ToolWorldConfig,
+            self,
+            reward="outcome" if self.estimator == "grpo" else "matched",
+            matching=MatchOptions(self.matching, reg=self.reg),
+        )
+
+    @property
+    def training(self) -> TrainerConfig:
+        """Options of the trainer."""
+        return from_flags(TrainerConfig, self)
+
+    @property
+    def speech(self) -> RolloutConfig:
+        """How replies are generated."""
+        from normkit.rl.rollout import RolloutConfig
+
+        return from_flags(RolloutConfig, self)
+
     def validate(self) -> None:
         """Check what the types cannot say.
 
         Raises:
             InputError: names the flag.
         """
-        _ = self.plan  # checks itself
         if not self.reg > 0:
             raise InputError(f"reg must be above 0, got {self.reg}")
-        if self.warm_start < 0:
-            raise InputError(f"warm_start must be at least 0, got {self.warm_start}")
-        check_least(self, 1, "max_turns", "heldout")
+        check_least(self, 0, "warm_start")
+        check_least(self, 1, "heldout")
+        _ = self.plan, self.training, self.tools  # check themselves
+        if self.world == "language":
+            _ = self.speech
+        check_numbers(self)
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from normkit.errors import InputError, check_least
 from normkit.recipes._st_ppo_arms import ARMS
@@ -46,10 +46,20 @@ from normkit.recipes._st_ppo_plots import (
 )
 from normkit.recipes._st_ppo_recurrent import EVERY
 from normkit.recipes._trials import keep_each
-from normkit.recipes.base import Finding, Run, System, table
+from normkit.recipes.base import Finding, Run, System, check_numbers, flags_of, from_flags, table
+from normkit.rl.environments.search import SearchWorldConfig
+from normkit.rl.environments.search_questions import HOPS
+from normkit.rl.loss import PolicyLossConfig
+from normkit.rl.presets import preset
+from normkit.rl.trainer_config import TrainerConfig
 from normkit.statistics import bootstrap_interval
 
+if TYPE_CHECKING:
+    from normkit.rl.rollout import RolloutConfig
+
 _HOT = "rate too large"
+HITS = 2
+"""Passages that a search shows a chat model: prompts are what takes the time."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,23 @@ class Config:
         known = SEARCH if self.world == "search" else CHAIN
         return replace(known, **{k: v for k, v in given.items() if v not in (None, ())})
 
+    @property
+    def asked(self) -> SearchWorldConfig:
+        """Options of the world of the chat model."""
+        return from_flags(SearchWorldConfig, self, hits=HITS)
+
+    @property
+    def training(self) -> tuple[TrainerConfig, PolicyLossConfig]:
+        """Options of the trainer and of the loss."""
+        return preset(self.method, **flags_of(TrainerConfig, self), micro_batch_tokens=1024)
+
+    @property
+    def speech(self) -> RolloutConfig:
+        """How replies are generated."""
+        from normkit.rl.rollout import RolloutConfig
+
+        return from_flags(RolloutConfig, self)
+
     def validate(self) -> None:
         """Check what the types cannot say.
 
@@ -128,8 +155,14 @@ class Config:
         """
         if self.world == "tabular" and len(self.plan.staleness) > 1:
             raise InputError(f"staleness must be one number in the chain, got {self.staleness}")
-        check_least(self, 1, "max_turns", "heldout")
+        if self.questions is None and not set(self.hops) <= set(HOPS):
+            raise InputError(f"hops must be among {HOPS}, got {self.hops}")
+        check_least(self, 1, "heldout")
         check_least(self, 0, "warm_start")
+        _ = self.plan, self.asked, self.training  # check themselves
+        if self.world == "language":
+            _ = self.speech
+        check_numbers(self)
 
 
 def run(config: Config, folder: Path) -> Mapping[str, Any]:
