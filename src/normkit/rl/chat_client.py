@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from normkit.errors import InputError, MissingDependencyError, NormkitError
+from normkit.errors import InputError, MissingDependencyError, NormkitError, check_least
 from normkit.files import write_json
 from normkit.rl.chat import Message, content_text, plain_text, without_reasoning
 from normkit.rl.judge import Failed
@@ -122,9 +122,8 @@ class OpenAIChat:
         self._endpoint = _endpoint(self.url)
         if not self.model:
             raise InputError("model must name a model of the server, got an empty string")
-        for option, least in (("concurrency", 1), ("retries", 0), ("wait", 0), ("max_wait", 0)):
-            if not getattr(self, option) >= least:
-                raise InputError(f"{option} must be at least {least}, got {getattr(self, option)}")
+        check_least(self, 1, "concurrency")
+        check_least(self, 0, "retries", "wait", "max_wait")
         if not self.timeout > 0:
             raise InputError(f"timeout must be more than 0 seconds, got {self.timeout}")
         if clash := {"model", "messages", "stream"} & set(self.extra):

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ class CriticConfig:
     def __post_init__(self) -> None:
         if self.level not in ("turn", "token"):
             raise InputError(f"level must be turn or token, got {self.level!r}")
-        for name in ("weight", "clip", "learning_rate"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_least(self, 0, "weight", "clip", "learning_rate")
 
 
 class ValueHead(nn.Module):

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from normkit.errors import InputError, NormkitError
+from normkit.errors import InputError, NormkitError, check_least
 from normkit.rl.chat_format import ChatFormat
 from normkit.rl.dialogue import Dialogue, Segment, Turn, settle
 from normkit.rl.environment import (
@@ -71,9 +71,8 @@ class RolloutConfig:
     dtype: DtypeName = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("max_tokens", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_least(self, 1, "max_new_tokens", "max_tokens")
+        check_least(self, 0, "min_new_tokens")
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens must be at most max_new_tokens ({self.max_new_tokens}), "

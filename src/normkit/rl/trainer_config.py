@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from normkit.errors import InputError
+from normkit.errors import InputError, check_least
 from normkit.optim.clipping_bias import Mode
 from normkit.rl.advantage import get_estimator
 from normkit.rl.critic import CriticConfig
@@ -70,12 +70,10 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "groups", "group_size", "mini_batches", "epochs", "micro_batch_tokens")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("checkpoint_every", "evaluate_every", "warmup_steps", "lora_rank", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_least(self, 1, *counts)
+        check_least(
+            self, 0, "checkpoint_every", "evaluate_every", "warmup_steps", "lora_rank", "seed"
+        )
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
