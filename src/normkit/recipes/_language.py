@@ -21,8 +21,11 @@ from normkit.recipes.base import finish
 from normkit.report.plots import before_after, training_curves
 from normkit.rl.checkpoint import has_checkpoint
 from normkit.rl.dialogue import Dialogue, finite_mean
+from normkit.rl.environment import Environment
 from normkit.rl.imitation import imitate, write_dialogues
+from normkit.rl.loss import PolicyLossConfig
 from normkit.rl.trainer import Trainer
+from normkit.rl.trainer_config import TrainerConfig
 from normkit.runs import RunLogger, process_rank, read_json, read_table
 from normkit.statistics import Interval, bootstrap_interval
 
@@ -78,6 +81,39 @@ def open_run(config: Any, folder: Path) -> tuple[RunLogger | None, Console]:
     logger = RunLogger(folder)
     logger.go_on(config)
     return logger, Console()
+
+
+def open_trainer(
+    config: Any,
+    folder: Path,
+    world: Environment[Any],
+    score: str,
+    training: TrainerConfig,
+    loss: PolicyLossConfig | None = None,
+    kind: type[Trainer] = Trainer,
+) -> tuple[Trainer, Console]:
+    """Open a run folder, load the run's model, and give it a trainer that tells its progress.
+
+    Args:
+        config: the recipe's, with ``model`` and ``speech``.
+        folder: the run folder.
+        world: what the model is trained in.
+        score: what the world's ``"score"`` is called.
+        training: options of the trainer.
+        loss: options of the loss.
+        kind: the trainer's class.
+
+    Returns:
+        The trainer, and the console of :func:`open_run`.
+    """
+    from normkit.rl.models import load_policy
+
+    logger, console = open_run(config, folder)
+    with console.status(f"loading {config.model}"):
+        model, tokenizer = load_policy(config.model)
+    report = progress(console, score)
+    trainer = kind(model, tokenizer, world, training, config.speech, loss, logger, report)
+    return trainer, console
 
 
 def tell_lessons(console: Console, what: str, losses: Sequence[float]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from normkit.recipes._language import Played, Study, conduct, open_run, progress
+from normkit.recipes._language import Played, Study, conduct, open_trainer
 from normkit.recipes.mapo import Config, make_environment
 from normkit.rl.environment import HELDOUT_SEED
 from normkit.rl.trainer import Trainer
@@ -16,23 +16,8 @@ SCORE = "EPM-Q"
 
 def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train a chat model with MAPO or a baseline, scored on held-out scenarios before and after."""
-    from normkit.rl.models import load_policy
-
     world = make_environment(config, folder)
-    logger, console = open_run(config, folder)
-    with console.status(f"loading {config.model}"):
-        model, tokenizer = load_policy(config.model)
-    trainer = Trainer(
-        model,
-        tokenizer,
-        world,
-        config.training,
-        config.speech,
-        config.loss,
-        logger,
-        progress(console, SCORE),
-    )
-
+    trainer, console = open_trainer(config, folder, world, SCORE, config.training, config.loss)
     study = Study(
         title=f"normkit run mapo: {config.estimator}",
         about=f"{config.estimator} on {config.model}, judge {config.judge}",

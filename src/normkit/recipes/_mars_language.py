@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normkit.recipes._language import Played, Study, conduct, open_run, progress, tell_lessons
+from normkit.recipes._language import Played, Study, conduct, open_trainer, tell_lessons
 from normkit.report.plots import error_bars, figure
 from normkit.rl.chat_format import ChatFormat
 from normkit.rl.checkpoint import has_checkpoint
@@ -32,6 +32,7 @@ from normkit.statistics import Interval, bootstrap_interval
 if TYPE_CHECKING:
     from normkit.recipes.mars import Config
 
+SCORE = "return"
 _LESSONS = 32
 """Random games of each kind that the warm-up shows."""
 
@@ -41,32 +42,20 @@ EXACT = "kuhn_poker"
 
 def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train a chat model by self-play; play it against fixed opponents before and after."""
-    from normkit.rl.models import load_policy
-
     world = GameWorld(config.games, heldout=())
     arena = Arena(pairings((*config.games, *config.heldout), config.opponents))
     labels = arena.tasks("train")
-    logger, console = open_run(config, folder)
-    with console.status(f"loading {config.model}"):
-        model, tokenizer = load_policy(config.model)
+    kind = _PooledTrainer if config.pool_seats else Trainer
+    trainer, console = open_trainer(config, folder, world, SCORE, config.training, kind=kind)
     if config.warm_up and not has_checkpoint(folder / "checkpoint"):
         with console.status("imitating random legal moves"):
-            losses = _warm_up(model, ChatFormat(tokenizer), config)
+            losses = _warm_up(trainer.model, trainer.rollout.format, config)
         tell_lessons(console, "random legal moves", losses)
-    trainer = (_PooledTrainer if config.pool_seats else Trainer)(
-        model,
-        tokenizer,
-        world,
-        config.training,
-        config.speech,
-        logger=logger,
-        report=progress(console, "return"),
-    )
     credit = f"{config.estimator}{', seats pooled' if config.pool_seats else ''}"
     study = Study(
         title=f"normkit run mars: {credit}, self-play in {len(config.games)} games",
         about=f"{credit} on {config.model}, {config.warm_up} updates of warm-up",
-        score="return",
+        score=SCORE,
         metrics=("score", "illegal", *labels, f"exploitability in {EXACT}", "legal share there"),
         play=partial(_play, arena=arena, count=config.evaluation_games),
         tasks="games against fixed opponents",

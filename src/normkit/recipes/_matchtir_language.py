@@ -13,37 +13,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normkit.recipes._language import Study, conduct, open_run, play_heldout, progress, teach
+from normkit.recipes._language import Study, conduct, open_trainer, play_heldout, teach
 from normkit.rl.environments.tools import ToolSession, ToolWorld
-from normkit.rl.trainer import Trainer
 
 if TYPE_CHECKING:
     from normkit.recipes.matchtir import Config
 
+SCORE = "solve-F1"
 METRICS = ("score", "answer", "calls", "repeated", "wrong", "unreadable")
 
 
 def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train a chat model on questions that need tools, scored on held-out ones before and after."""
-    from normkit.rl.models import load_policy
-
-    logger, console = open_run(config, folder)
     world = ToolWorld(config.tools)
-    with console.status(f"loading {config.model}"):
-        model, tokenizer = load_policy(config.model)
-    trainer = Trainer(
-        model,
-        tokenizer,
-        world,
-        config.training,
-        config.speech,
-        logger=logger,
-        report=progress(console, "solve-F1"),
-    )
+    trainer, console = open_trainer(config, folder, world, SCORE, config.training)
     study = Study(
         title=f"normkit run matchtir: {config.estimator}, {config.matching}",
         about=f"{config.estimator} on {config.model}",
-        score="solve-F1",
+        score=SCORE,
         metrics=METRICS,
         play=partial(play_heldout, count=config.heldout),
     )

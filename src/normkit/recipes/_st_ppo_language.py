@@ -17,9 +17,8 @@ from normkit.errors import InputError
 from normkit.recipes._language import (
     Study,
     conduct,
-    open_run,
+    open_trainer,
     play_heldout,
-    progress,
     teach,
 )
 from normkit.report.plots import figure
@@ -31,6 +30,7 @@ from normkit.runs import read_table
 if TYPE_CHECKING:
     from normkit.recipes.st_ppo import Config
 
+SCORE = "exact match"
 METRICS = ("score", "f1", "found", "answered", "searches", "repeated", "malformed")
 
 
@@ -45,27 +45,12 @@ class SearchTrainer(Trainer):
 
 def run_language(config: Config, folder: Path) -> Mapping[str, Any]:
     """Train a chat model to search, scored on held-out questions before and after."""
-    from normkit.rl.models import load_policy
-
-    training, loss = config.training
     world = open_world(config.asked, config.corpus, config.questions)
-    logger, console = open_run(config, folder)
-    with console.status(f"loading {config.model}"):
-        model, tokenizer = load_policy(config.model)
-    trainer = SearchTrainer(
-        model,
-        tokenizer,
-        world,
-        training,
-        config.speech,
-        loss,
-        logger,
-        progress(console, "exact match"),
-    )
+    trainer, console = open_trainer(config, folder, world, SCORE, *config.training, SearchTrainer)
     study = Study(
         title=f"normkit run st-ppo: {config.method}, a chat model that searches",
         about=f"{config.method} on {config.model}",
-        score="exact match",
+        score=SCORE,
         metrics=METRICS,
         play=partial(play_heldout, count=config.heldout, modes=("greedy", "sampled")),
         tasks="held-out questions",
@@ -111,6 +96,6 @@ def plot(folder: Path) -> None:
 def _curves(ax: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """One curve for each column of a table."""
     for name in names:
-        label = "exact match" if name == "score" else name.replace("_", " ")
+        label = SCORE if name == "score" else name.replace("_", " ")
         ax.plot(range(1, len(rows) + 1), [r.get(name) for r in rows], marker=".", label=label)
     ax.legend(fontsize=8)

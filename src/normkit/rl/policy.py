@@ -72,7 +72,7 @@ def collate(rows: Sequence[PackedRow], device: torch.device | str = "cpu") -> To
         device: where the batch goes.
 
     Returns:
-        Tokens ``[B, T]``, and for the M sampled ones where they stand and their log-probabilities.
+        Tokens ``[B, L]``, and for the M sampled ones where they stand and their log-probabilities.
 
     Raises:
         InputError: where a sampled token is the first of its row: nothing predicts it.
